@@ -1,0 +1,12 @@
+"""Write a published Gemma 4 checkpoint and its drafter as one folder that MLX runs.
+
+config.py      the published config layout, from any layout
+packing.py     which modules are quantised, and how
+writer.py      shards of bounded size
+conversion.py  source folders in, finished folder out, or nothing at all
+"""
+
+from gemma_mtp_mlx.convert.conversion import Report, convert
+from gemma_mtp_mlx.convert.packing import Quantization
+
+__all__ = ["Quantization", "Report", "convert"]

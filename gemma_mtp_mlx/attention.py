@@ -1,0 +1,216 @@
+"""Attention of new positions over committed keys and values and the block itself.
+
+Every sum runs over fixed tiles of TILE absolute positions, in order of position. A tile that lies
+wholly before the committed length is read in place; the tiles that touch the block (and a sliding
+layer's window, which is short) are gathered and the block's own entries put where they belong.
+Positions that a query must not see contribute exact zeros. So the result of a row is the same, bit
+for bit, whatever the number of new positions, of rows, and wherever the committed part ends:
+the maximum does not depend on order, adding zero changes nothing, and the tiles never move.
+This is the definition, in plain ops, that any kernel has to reproduce.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+TILE = 32
+STRIP = 32  # tiles read at a time over a long committed part; bounds the temporaries
+
+
+class KV(NamedTuple):
+    """Keys (after norm and RoPE) and values. Storage: [G, N, D]. A block: [B, G, L, D]."""
+
+    keys: mx.array
+    values: mx.array
+
+
+class Rows(NamedTuple):
+    """The rows of one pass and where each one's memory lies.
+
+    lengths, starts, slots: [B] int32: committed positions; first index of the row's segment in a
+    full layer's pool; its ring in a sliding layer. spans: (start, bound) per row on the host,
+    bound >= the row's length: the shapes of what is read in place; results do not depend on it.
+    """
+
+    lengths: mx.array
+    starts: mx.array
+    slots: mx.array
+    spans: tuple[tuple[int, int], ...]
+
+
+class View(NamedTuple):
+    """Which positions a pass sees in one kind of layer: the same for every layer of that kind.
+
+    places: [B * n] where each of the row's n = tiles * TILE gathered positions is stored, or would
+    be; block_places: [B * n] its place among the block's B * L entries, if it is one of them, which
+    fresh [B, n, 1] says; visible: [B, tiles, 1, queries, TILE] which of them each query sees;
+    first: [B] the first gathered tile; spans: of `Rows` where earlier tiles are read in place.
+    """
+
+    places: mx.array
+    block_places: mx.array
+    fresh: mx.array
+    visible: mx.array
+    first: mx.array
+    spans: tuple[tuple[int, int], ...]
+
+
+def block_view(rows: Rows, length: int, window: int | None, ring: int | None) -> View:
+    """View of `length` new positions per row, each seeing itself and what is before it.
+
+    window: a query sees that many positions, itself included, or None for all. ring: the slots of
+    a sliding layer's storage per row, or None for a full layer's pool.
+    """
+    last = rows.lengths[:, None] + mx.arange(length)
+    return _view(rows, last, window, ring)
+
+
+def cache_view(rows: Rows, window: int | None, ring: int | None) -> View:
+    """View of one query per row that sees the last `window` committed positions, or all."""
+    return _view(rows, rows.lengths[:, None] - 1, window, ring)
+
+
+def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> View:
+    """last: [B, queries] the last position each query sees; consecutive along a row."""
+    queries = last.shape[1]
+    lengths = rows.lengths[:, None]
+    if window is None:
+        first = lengths // TILE
+        tiles = (TILE + queries - 2) // TILE + 1
+    else:
+        first = mx.maximum(last[:, :1] + 1 - window, 0) // TILE
+        tiles = (TILE + window + queries - 3) // TILE + 1
+    needed = max(bound for _, bound in rows.spans) + queries
+    tiles = min(tiles, -(-needed // TILE))
+    positions = first * TILE + mx.arange(tiles * TILE)  # [B, n]
+    if ring is None:  # what is not committed may lie in another row's segment: take any other
+        places = rows.starts[:, None] + mx.where(positions < lengths, positions, 0)
+    else:
+        places = rows.slots[:, None] * ring + positions % ring
+    offset = positions - lengths
+    seen = positions[:, None, :] <= last[:, :, None]  # [B, queries, n]
+    if window is not None:
+        seen = seen & (positions[:, None, :] > last[:, :, None] - window)
+    visible = seen.reshape(*seen.shape[:2], tiles, TILE).swapaxes(1, 2)[:, :, None]
+    fresh = (offset >= 0) & (offset < queries)
+    clipped = mx.clip(offset, 0, queries - 1)
+    return View(
+        places=places.reshape(-1),
+        block_places=(mx.arange(len(rows.spans))[:, None] * queries + clipped).reshape(-1),
+        fresh=fresh[..., None],
+        visible=visible,
+        first=first[:, 0],
+        spans=rows.spans if window is None else (),
+    )
+
+
+class BlockSource(NamedTuple):
+    """What one layer's queries read in a verify or draft pass."""
+
+    storage: KV
+    gathered: KV  # [G, B, tiles, TILE, D]
+    view: View
+
+    def attend(self, queries: mx.array) -> mx.array:
+        """Attend. queries: [B, H, L, D]. Returns the same shape; sums and softmax in float32."""
+        b, h, length, d = queries.shape
+        g = self.storage.keys.shape[0]
+        q = queries.reshape(b, g, h // g * length, d).swapaxes(0, 1)  # [G, B, M, D]
+        scores = q[:, :, None] @ self.gathered.keys.swapaxes(-1, -2)
+        scores = scores.astype(mx.float32).reshape(*scores.shape[:3], h // g, length, TILE)
+        scores = mx.where(self.view.visible, scores, -mx.inf)
+        scores = scores.reshape(g, b, -1, h // g * length, TILE)
+        peak = scores.max(axis=(2, 4))  # [G, B, M]
+        heads = [self._head_scores(q, row) for row in range(len(self.view.spans))]
+        if any(heads):
+            row_peaks = [
+                mx.stack([s.max(axis=(1, 3)) for s in strips]).max(axis=0)
+                if strips
+                else mx.full(peak[:, row].shape, -mx.inf)
+                for row, strips in enumerate(heads)
+            ]
+            peak = mx.maximum(peak, mx.stack(row_peaks, axis=1))
+        totals, parts = _tile_sums(scores, peak[:, :, None, :, None], self.gathered.values)
+        if any(heads):
+            before = [self._head_sums(s, peak[:, row], row) for row, s in enumerate(heads)]
+            totals = mx.concatenate([mx.stack([t for t, _ in before], 1)[:, :, None], totals], 2)
+            parts = mx.concatenate([mx.stack([p for _, p in before], 1)[:, :, None], parts], 2)
+        out = (parts.sum(axis=2) / totals.sum(axis=2)[..., None]).astype(queries.dtype)
+        return out.swapaxes(0, 1).reshape(b, h, length, d)
+
+    def _strips(self, row: int) -> list[tuple[int, int]]:
+        """Tiles [begin, end) of the row that may lie before its gathered ones, in strips."""
+        tiles = self.view.spans[row][1] // TILE
+        return [(t, min(t + STRIP, tiles)) for t in range(0, tiles, STRIP)]
+
+    def _head(self, storage: mx.array, row: int, begin: int, end: int) -> mx.array:
+        """The row's tiles [begin, end) in place: [G, end - begin, TILE, D]."""
+        start = self.view.spans[row][0]
+        tiles = storage[:, start + begin * TILE : start + end * TILE]
+        return tiles.reshape(storage.shape[0], end - begin, TILE, -1)
+
+    def _head_scores(self, q: mx.array, row: int) -> list[mx.array]:
+        """Scores [G, tiles, M, TILE] per strip over the row's tiles before its gathered ones."""
+        strips = []
+        for begin, end in self._strips(row):
+            keys = self._head(self.storage.keys, row, begin, end)
+            scores = (q[:, row, None] @ keys.swapaxes(-1, -2)).astype(mx.float32)
+            before = mx.arange(begin, end)[:, None, None] < self.view.first[row]
+            strips.append(mx.where(before, scores, -mx.inf))
+        return strips
+
+    def _head_sums(
+        self, strips: list[mx.array], peak: mx.array, row: int
+    ) -> tuple[mx.array, mx.array]:
+        """Sum of weights [G, M] and of weighted values [G, M, D] over those strips, in order."""
+        total = mx.zeros(peak.shape)
+        weighted = mx.zeros((*peak.shape, self.storage.values.shape[-1]))
+        for scores, (begin, end) in zip(strips, self._strips(row), strict=True):
+            values = self._head(self.storage.values, row, begin, end)
+            part_total, part = _tile_sums(scores, peak[:, None, :, None], values)
+            total = mx.concatenate([total[:, None], part_total], axis=1).sum(axis=1)
+            weighted = mx.concatenate([weighted[:, None], part], axis=1).sum(axis=1)
+        return total, weighted
+
+
+def read_block(storage: KV, block: KV | None, view: View) -> BlockSource:
+    """Gather a layer's tiles that are not read in place, the block's entries among them."""
+    b = view.first.shape[0]
+
+    def gather(stored: mx.array, fresh: mx.array | None) -> mx.array:
+        g, _, d = stored.shape
+        taken = mx.take(stored, view.places, axis=1).reshape(g, b, -1, d)
+        if fresh is not None:
+            entries = fresh.swapaxes(0, 1).reshape(g, -1, d)
+            placed = mx.take(entries, view.block_places, axis=1).reshape(taken.shape)
+            taken = mx.where(view.fresh, placed, taken)
+        return taken.reshape(g, b, -1, TILE, d)
+
+    keys, values = block or (None, None)
+    return BlockSource(
+        storage, KV(gather(storage.keys, keys), gather(storage.values, values)), view
+    )
+
+
+def _tile_sums(scores: mx.array, peak: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """Per tile: the sum of exp(scores - peak) and the values weighted with it, in float32."""
+    weights = mx.exp(scores - peak)
+    return weights.sum(axis=-1), (weights.astype(values.dtype) @ values).astype(mx.float32)
+
+
+class PromptSource(NamedTuple):
+    """What one layer's queries read in a prefill pass: committed positions, then the chunk's.
+
+    keys, values: [1, G, S, D]; mask: [chunk, S] booleans, or "causal".
+    """
+
+    keys: mx.array
+    values: mx.array
+    mask: mx.array | str
+
+    def attend(self, queries: mx.array) -> mx.array:
+        """Attend from the chunk's last positions. queries: [1, H, T, D]."""
+        mask = self.mask if isinstance(self.mask, str) else self.mask[-queries.shape[2] :]
+        return mx.fast.scaled_dot_product_attention(
+            queries, self.keys, self.values, scale=1.0, mask=mask
+        )

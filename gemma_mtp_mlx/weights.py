@@ -1,0 +1,210 @@
+"""Read a checkpoint folder's tensors into a model, strictly.
+
+Every stored tensor is used once or counted as skipped, every parameter is found with its shape, and
+nothing that is not a finite number gets in: anything else is an error that names the tensor. The
+plan is made from the files' headers, before a weight is read; then tensors are read one at a time.
+A module is quantised where the checkpoint has `.scales` for it, as mlx_lm does.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from gemma_mtp_mlx.checkpoint import Stored, read_config, stored_tensors
+from gemma_mtp_mlx.tensor_names import Names, Piece
+
+_STRIP = 1 << 24  # elements whose finiteness is tested at a time; bounds the temporaries
+_STORED_AS = {
+    mx.float32: ("F32", "F16", "BF16"),
+    mx.uint32: ("U32",),
+    mx.uint8: ("U8",),
+    mx.int32: ("I32", "I64"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where each parameter of a model is stored.
+
+    pieces: by parameter. skipped: how many stored tensors were left out, by reason.
+    quantization: group_size, bits and mode of each quantised module, by its path.
+    """
+
+    stored: dict[str, Stored]
+    pieces: dict[str, Piece]
+    skipped: dict[str, int]
+    quantization: dict[str, dict[str, Any]]
+
+
+def load_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
+    """Load the folder's weights into the module and return what was read and what was skipped.
+
+    Raises: ValueError naming the tensor or the file for anything missing, left over, misshaped,
+    not finite, damaged or of an unknown kind.
+    """
+    plan = plan_weights(module, folder, names)
+    values = ((name, _narrowed(value)) for name, value in read_parameters(plan))
+    module.update(tree_unflatten(list(values)))
+    return plan
+
+
+def plan_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
+    """Quantise the module as the folder is and find every parameter, without reading weights."""
+    stored = stored_tensors(folder)
+    pieces, skipped = _assign(stored, names)
+    block = _quantization_block(read_config(folder))
+    quantization = {} if block is None else _quantize(module, stored, pieces, (block, names))
+    plan = Plan(stored, pieces, skipped, quantization)
+    _check(module, plan)
+    return plan
+
+
+def read_parameters(plan: Plan) -> Iterator[tuple[str, mx.array]]:
+    """Yield each parameter and its value, evaluated and checked, one stored tensor at a time."""
+    wanted: dict[Path, dict[str, list[tuple[str, Piece]]]] = {}
+    for name, piece in plan.pieces.items():
+        by_tensor = wanted.setdefault(plan.stored[piece.stored].file, {})
+        by_tensor.setdefault(piece.stored, []).append((name, piece))
+    for file, by_tensor in wanted.items():
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        for stored, uses in by_tensor.items():
+            whole = arrays.pop(stored)
+            for name, piece in uses:
+                value = whole
+                if piece.parts > 1:
+                    value = mx.contiguous(mx.split(whole, piece.parts, axis=-2)[piece.part])
+                _check_values(stored, value)
+                yield name, value
+
+
+def _narrowed(value: mx.array) -> mx.array:
+    """transformers stores token ids as int64; they fit in int32."""
+    return value.astype(mx.int32) if value.dtype == mx.int64 else value
+
+
+def _assign(stored: dict[str, Stored], names: Names) -> tuple[dict[str, Piece], dict[str, int]]:
+    """Return the piece that holds each parameter, and the count of skipped tensors by reason."""
+    pieces: dict[str, Piece] = {}
+    skipped: Counter[str] = Counter()
+    for tensor in stored:
+        ours, reason = names.read(tensor)
+        if reason:
+            skipped[reason] += 1
+        for part, name in enumerate(ours):
+            if name in pieces:
+                raise ValueError(
+                    f"tensors {pieces[name].stored} and {tensor} are the same parameter, {name}"
+                )
+            pieces[name] = Piece(tensor, part, len(ours))
+    return pieces, dict(skipped)
+
+
+def _quantization_block(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what mlx wrote about quantisation. Raises ValueError for any other quantiser's."""
+    for holder in (config, config.get("text_config", {})):
+        block = holder.get("quantization") or holder.get("quantization_config")
+        if block is not None:
+            if "group_size" not in block or "bits" not in block or "quant_method" in block:
+                method = block.get("quant_method", "an unknown method")
+                raise ValueError(
+                    f"config.json: weights quantised by {method} are not supported; use the "
+                    "unquantised checkpoint, or one quantised with MLX"
+                )
+            return dict(block)
+    return None
+
+
+def _quantize(
+    module: nn.Module,
+    stored: dict[str, Stored],
+    pieces: dict[str, Piece],
+    described: tuple[dict[str, Any], Names],
+) -> dict[str, dict[str, Any]]:
+    """Quantise the modules that have scales and return how. described: config's block, its names.
+
+    A module the block names is packed as it says there; for the others the shapes tell.
+    """
+    block, names = described
+    overrides = {}
+    for path, params in block.items():
+        if isinstance(params, dict):
+            for name in names.read(f"{path}.weight")[0]:
+                overrides[name.removesuffix(".weight")] = params
+    mode = block.get("mode", "affine")
+    found: dict[str, dict[str, Any]] = {}
+
+    def choose(path: str, leaf: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in pieces or f"{path}.weight" not in pieces:
+            return False
+        if path in overrides:
+            found[path] = {"mode": "affine", **overrides[path]}
+        else:
+            width = leaf.weight.shape[-1]
+            group = width // stored[pieces[f"{path}.scales"].stored].shape[-1]
+            bits = stored[pieces[f"{path}.weight"].stored].shape[-1] * 32 // width
+            found[path] = {"group_size": group, "bits": bits, "mode": mode}
+        return found[path]
+
+    try:
+        nn.quantize(module, block["group_size"], block["bits"], mode=mode, class_predicate=choose)
+    except (ValueError, TypeError) as error:
+        path = next(reversed(found), "")
+        raise ValueError(f"{path} cannot be quantised as {found.get(path)}: {error}") from error
+    return found
+
+
+def _parameters(module: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(module.parameters()))
+
+
+def _check(module: nn.Module, plan: Plan) -> None:
+    """Raise ValueError unless the stored tensors are the module's parameters, in kind and shape."""
+    expected = _parameters(module)
+    for name, piece in plan.pieces.items():
+        if name not in expected:
+            raise ValueError(
+                f"tensor {piece.stored} is not a parameter of the model that config.json describes"
+            )
+    missing = [name for name in expected if name not in plan.pieces]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of {len(expected)} parameters: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; "
+            "download it again, or check that config.json belongs to it"
+        )
+    for name, piece in plan.pieces.items():
+        shape, found = list(expected[name].shape), plan.stored[piece.stored]
+        if piece.parts > 1:
+            shape[-2] *= piece.parts
+        if list(found.shape) != shape:
+            raise ValueError(
+                f"tensor {piece.stored} has shape {list(found.shape)}, expected {shape}"
+            )
+        kinds = _STORED_AS[expected[name].dtype]
+        if found.dtype not in kinds:
+            raise ValueError(
+                f"tensor {piece.stored} is stored as {found.dtype}, expected {' or '.join(kinds)}"
+            )
+
+
+def _check_values(stored: str, value: mx.array) -> None:
+    """Evaluate a tensor. Raises ValueError if it holds what cannot be meant."""
+    mx.eval(value)
+    if mx.issubdtype(value.dtype, mx.floating):
+        rows = max(1, _STRIP * value.shape[0] // value.size)
+        for row in range(0, value.shape[0], rows):
+            if not mx.isfinite(value[row : row + rows]).all().item():
+                raise ValueError(
+                    f"tensor {stored} holds values that are not finite (nan or inf); "
+                    "the checkpoint is damaged, download it again"
+                )
+    is_ordering = mx.issubdtype(value.dtype, mx.signedinteger)
+    if is_ordering and not mx.array_equal(mx.sort(value), mx.arange(value.size)).item():
+        raise ValueError(f"tensor {stored} is not an ordering of the {value.size} token ids")
