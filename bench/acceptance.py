@@ -17,8 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from gemma_mtp_mlx import Pair, hub, load
-from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, SharedKV, VerifyReader
+from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
 from gemma_mtp_mlx.drafter import Candidates
+from gemma_mtp_mlx.readers import SharedKV, VerifyReader
 
 HELD_OUT = Path(__file__).parents[1] / "training" / "held_out.json"
 

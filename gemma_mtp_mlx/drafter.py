@@ -12,9 +12,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mtp_mlx.cache import SharedKV
 from gemma_mtp_mlx.config import DrafterConfig
 from gemma_mtp_mlx.layers import DecoderLayer
+from gemma_mtp_mlx.readers import SharedKV
 
 Embed = Callable[[mx.array], mx.array]  # tokens [B, 1] -> the target's scaled embedding [B, 1, E]
 

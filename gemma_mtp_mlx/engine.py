@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from gemma_mtp_mlx.attention import KV
-from gemma_mtp_mlx.cache import Cache, PromptReader
+from gemma_mtp_mlx.cache import Cache
+from gemma_mtp_mlx.readers import PromptReader
 from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.round import DecodeState, Models, Round, build_round
 from gemma_mtp_mlx.sampling import Sampling, batch_sampling, draw, gumbel

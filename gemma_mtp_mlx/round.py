@@ -11,8 +11,9 @@ import mlx.core as mx
 
 from gemma_mtp_mlx.acceptance import accept
 from gemma_mtp_mlx.attention import KV, Rows
-from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, SharedKV, VerifyReader
+from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
 from gemma_mtp_mlx.drafter import Candidates, Drafter
+from gemma_mtp_mlx.readers import SharedKV, VerifyReader
 from gemma_mtp_mlx.sampling import Sampling, draw, gumbel
 from gemma_mtp_mlx.target import Target
 

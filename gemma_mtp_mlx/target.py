@@ -7,10 +7,10 @@ Source: transformers Gemma4TextModel, Gemma4ForCausalLM.
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mtp_mlx.cache import PromptReader, VerifyReader
 from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.device import fused
 from gemma_mtp_mlx.layers import DecoderLayer
+from gemma_mtp_mlx.readers import PromptReader, VerifyReader
 
 
 class TextModel(nn.Module):

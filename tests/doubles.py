@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.cache import SharedKV
 from gemma_mtp_mlx.drafter import Draw, Embed
 from gemma_mtp_mlx.engine import Engine
+from gemma_mtp_mlx.readers import SharedKV
 from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.round import Models, Round
 from gemma_mtp_mlx.sampling import SamplingParams

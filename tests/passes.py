@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mtp_mlx.attention import KV
-from gemma_mtp_mlx.cache import Cache, PromptReader, SharedKV, VerifyReader
+from gemma_mtp_mlx.cache import Cache
 from gemma_mtp_mlx.drafter import Candidates, Drafter, Draw, Embed
+from gemma_mtp_mlx.readers import PromptReader, SharedKV, VerifyReader
 from gemma_mtp_mlx.target import Target
 
 Array = np.ndarray

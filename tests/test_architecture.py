@@ -23,6 +23,7 @@ LEVELS = [
     {"round"},
     {"target", "drafter"},
     {"layers", "acceptance", "weights"},
+    {"readers"},
     {"cache"},
     {"attention", "request", "tensor_names"},
     {"config", "sampling", "tokens", "checkpoint", "device"},
@@ -30,7 +31,17 @@ LEVELS = [
 # Where the names that the package itself offers are defined.
 HOMES = {"SamplingParams": "sampling", "Stats": "request", "__version__": None}
 
-HOT_PATH = ["attention", "cache", "layers", "target", "drafter", "acceptance", "round", "engine"]
+HOT_PATH = [
+    "attention",
+    "cache",
+    "readers",
+    "layers",
+    "target",
+    "drafter",
+    "acceptance",
+    "round",
+    "engine",
+]
 WAITS = {"item", "tolist", "eval", "synchronize", "asarray", "save", "savez"}
 CONVERSIONS = {"bool", "int", "float", "memoryview"}
 # The one wait of a round, one per prompt chunk, and the reservation of the cache.

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gemma_mtp_mlx import SamplingParams
-from gemma_mtp_mlx.cache import Cache, SharedKV
+from gemma_mtp_mlx.cache import Cache
 from gemma_mtp_mlx.drafter import Draw, Embed
+from gemma_mtp_mlx.readers import SharedKV
 from gemma_mtp_mlx.round import DecodeState, Models, build_round
 from gemma_mtp_mlx.sampling import batch_sampling
 from tests.checkpoints import FAMILIES
