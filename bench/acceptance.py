@@ -17,10 +17,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from gemma_mtp_mlx import Pair, hub, load
-from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
+from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, Seat, seat_size
 from gemma_mtp_mlx.drafter import Candidates
 from gemma_mtp_mlx.readers import SharedKV, VerifyReader
 
+SEAT = Seat(start=0, size=0, slot=0)  # of the only row
 HELD_OUT = Path(__file__).parents[1] / "training" / "held_out.json"
 
 
@@ -34,12 +35,12 @@ def held_out_files() -> list[Path]:
 def first_draft_agreement(pair: Pair, tokens: Sequence[int]) -> list[bool]:
     """Return, for every position but the last block's, whether the first draft is the target's."""
     assert pair.drafter is not None
-    cache = Cache(pair.target.config, [len(tokens)], pair.target.dtype)
+    cache = Cache(pair.target.config, 1, seat_size(len(tokens)), pair.target.dtype)
     agreement: list[bool] = []
     before = mx.zeros((1, pair.target.config.hidden_size), pair.target.dtype)
     for start in range(0, len(tokens) - MAX_BLOCK + 1, MAX_BLOCK):
         block = mx.array(tokens[start : start + MAX_BLOCK])
-        rows = cache.rows([0], mx.array([start]), [start])
+        rows = cache.rows([SEAT], mx.array([start]), [start])
         reader = VerifyReader(cache, rows, MAX_BLOCK)
         hidden = pair.target.verify(block[None], reader)[0]
         choices = mx.argmax(pair.target.logits(hidden), axis=-1)
@@ -59,7 +60,7 @@ def _first_drafts(
     assert pair.drafter is not None
     count = tokens.size
     lengths = mx.arange(start, start + count)
-    rows = cache.rows([0] * count, lengths, range(start, start + count))
+    rows = cache.rows([SEAT] * count, lengths, range(start, start + count))
 
     def draw(candidates: Candidates, step: int) -> mx.array:
         best = mx.argmax(candidates.logits, axis=-1, keepdims=True)

@@ -17,11 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from gemma_mtp_mlx import hub, load
+from gemma_mtp_mlx.cache import seat_size
+from gemma_mtp_mlx.depth import FixedDepth
 from gemma_mtp_mlx.engine import Engine
+from gemma_mtp_mlx.memory import Limits
 from gemma_mtp_mlx.request import Request
-from gemma_mtp_mlx.round import DecodeState, Models, Round
+from gemma_mtp_mlx.round import DecodeState, Models, Round, build_round, settings_of
 from gemma_mtp_mlx.sampling import SamplingParams
 
 PROMPT = Path(__file__).parent / "prompts" / "code.txt"
@@ -44,23 +48,28 @@ def main() -> None:
     for k in (0, args.num_draft_tokens):
         params = SamplingParams(max_tokens=16 * args.rounds)
         requests = [Request(ids, params, frozenset()) for _ in range(args.batch)]
-        engine = Engine(Models(pair.target, pair.drafter), requests, k)
-        rows.append({"k": k, **measure(engine, args.rounds)})
+        limits = Limits(args.batch, positions=args.batch * seat_size(requests[0].positions))
+        engine = Engine(Models(pair.target, pair.drafter), FixedDepth(k), limits)
+        for request in requests:
+            engine.submit(request)
+        rows.append({"k": k, **measure(engine, k, args.rounds)})
         print_row(rows[-1])
     print(json.dumps({"model": args.model, "batch": args.batch, "rounds": rows}))
 
 
-def measure(engine: Engine, rounds: int) -> dict[str, float]:
+def measure(engine: Engine, k: int, rounds: int) -> dict[str, float]:
     """Run rounds stage by stage. Returns the median milliseconds of each, and the counts."""
-    members = list(range(len(engine.requests)))
-    state = engine._prefill(members)
-    mx.eval(*state)
-    known = [len(request.prompt) for request in engine.requests]
+    while engine.queue or engine.prefilling:
+        engine.step()
+    state = engine._state
+    assert state is not None
+    known = np.array(state.lengths).tolist()
+    engine._current = None  # from here on the rounds are ours
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     operations = 0
     for number in range(rounds + 5):
         began = time.perf_counter()
-        done = build(engine, state, known)
+        done = build(engine, state, known, k)
         spent = {"host": time.perf_counter() - began}
         if number == 0:
             operations = count_operations(done)
@@ -69,7 +78,7 @@ def measure(engine: Engine, rounds: int) -> dict[str, float]:
         spent["verify"] = timed(lambda d=done, i=inputs: mx.eval(d.logits, i))
         spent["accept"] = timed(lambda d=done: mx.eval(d.report, *d.state))
         report = done.report.tolist()
-        known = [length + row[-1] + 1 for length, row in zip(known, report, strict=True)]
+        known = [length + row[k + 1] + 1 for length, row in zip(known, report, strict=True)]
         state = done.state
         engine.cache.commit(done.blocks, done.rows)
         del done, inputs
@@ -81,14 +90,13 @@ def measure(engine: Engine, rounds: int) -> dict[str, float]:
     return {**medians, "operations": operations}
 
 
-def build(engine: Engine, state: DecodeState, known: list[int]) -> Round:
+def build(engine: Engine, state: DecodeState, known: list[int], k: int) -> Round:
     """Build the next round's graph."""
-    from gemma_mtp_mlx.round import build_round
-
-    members = list(range(len(known)))
-    rows = engine.cache.rows(members, state.lengths, known)
-    sampling = engine._sampling(members)
-    return build_round(engine.models, engine.cache, rows, state, sampling, engine.k)
+    requests = [row.request for row in engine.running]
+    rows = engine.cache.rows([row.seat for row in engine.running], state.lengths, known)
+    vocab_size = engine.models.target.config.vocab_size
+    settings = settings_of([r.params for r in requests], [r.seed for r in requests], vocab_size)
+    return build_round(engine.models, engine.cache, rows, state, settings, k)
 
 
 def timed(action: Callable[[], None]) -> float:

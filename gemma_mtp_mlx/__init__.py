@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_mtp_mlx.api import Chunk, Pair, Result, load
+    from gemma_mtp_mlx.api import Chunk, Pair, Result, Session, load
     from gemma_mtp_mlx.request import Stats
     from gemma_mtp_mlx.sampling import SamplingParams
 
-__all__ = ["Chunk", "Pair", "Result", "SamplingParams", "Stats", "load"]
+__all__ = ["Chunk", "Pair", "Result", "SamplingParams", "Session", "Stats", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {"SamplingParams": "sampling", "Stats": "request"}

@@ -1,8 +1,8 @@
 """Attention of new positions over committed keys and values and the block itself.
 
-Every sum runs over fixed tiles of TILE absolute positions, in order of position. A tile that lies
-wholly before the committed length is read in place; the tiles that touch the block (and a sliding
-layer's window, which is short) are gathered and the block's own entries put where they belong.
+Every sum runs over fixed tiles of TILE absolute positions, in order of position. The tiles of a
+sliding layer's window and the last STRIP tiles of a full layer are gathered, for all rows at once,
+and the block's own entries put where they belong; tiles before them are read in place, row by row.
 Positions that a query must not see contribute exact zeros. So the result of a row is the same, bit
 for bit, whatever the number of new positions, of rows, and wherever the committed part ends:
 the maximum does not depend on order, adding zero changes nothing, and the tiles never move.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 TILE = 32
-STRIP = 32  # tiles read at a time over a long committed part; bounds the temporaries
+STRIP = 32  # tiles gathered, and read at a time over a long committed part: bounds the temporaries
 
 
 class KV(NamedTuple):
@@ -42,15 +42,14 @@ class View(NamedTuple):
     """Which positions a pass sees in one kind of layer: the same for every layer of that kind.
 
     places: [B * n] where each of the row's n = tiles * TILE gathered positions is stored, or would
-    be; block_places: [B * n] its place among the block's B * L entries, if it is one of them, which
-    fresh [B, n, 1] says; visible: [B, tiles, 1, queries, TILE] which of them each query sees;
+    be; block_places: [B * queries] which of the gathered positions are the block's own;
+    mask: [B, tiles, 1, queries, TILE] float32, 0 where a query sees a gathered position, else -inf;
     first: [B] the first gathered tile; spans: of `Rows` where earlier tiles are read in place.
     """
 
     places: mx.array
     block_places: mx.array
-    fresh: mx.array
-    visible: mx.array
+    mask: mx.array
     first: mx.array
     spans: tuple[tuple[int, int], ...]
 
@@ -75,8 +74,8 @@ def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> V
     queries = last.shape[1]
     lengths = rows.lengths[:, None]
     if window is None:
-        first = lengths // TILE
-        tiles = (TILE + queries - 2) // TILE + 1
+        first = mx.maximum(lengths // TILE + 1 - STRIP, 0)
+        tiles = (TILE + queries - 2) // TILE + STRIP
     else:
         first = mx.maximum(last[:, :1] + 1 - window, 0) // TILE
         tiles = (TILE + window + queries - 3) // TILE + 1
@@ -87,18 +86,15 @@ def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> V
         places = rows.starts[:, None] + mx.where(positions < lengths, positions, 0)
     else:
         places = rows.slots[:, None] * ring + positions % ring
-    offset = positions - lengths
+    begins = mx.arange(0, positions.size, tiles * TILE)[:, None] + lengths - first * TILE
     seen = positions[:, None, :] <= last[:, :, None]  # [B, queries, n]
     if window is not None:
         seen = seen & (positions[:, None, :] > last[:, :, None] - window)
-    visible = seen.reshape(*seen.shape[:2], tiles, TILE).swapaxes(1, 2)[:, :, None]
-    fresh = (offset >= 0) & (offset < queries)
-    clipped = mx.clip(offset, 0, queries - 1)
+    mask = mx.where(seen, 0.0, -mx.inf).reshape(*seen.shape[:2], tiles, TILE)
     return View(
         places=places.reshape(-1),
-        block_places=(mx.arange(len(rows.spans))[:, None] * queries + clipped).reshape(-1),
-        fresh=fresh[..., None],
-        visible=visible,
+        block_places=(begins + mx.arange(queries)).reshape(-1),
+        mask=mask.swapaxes(1, 2)[:, :, None],
         first=first[:, 0],
         spans=rows.spans if window is None else (),
     )
@@ -114,33 +110,26 @@ class BlockSource(NamedTuple):
     def attend(self, queries: mx.array) -> mx.array:
         """Attend. queries: [B, H, L, D]. Returns the same shape; sums and softmax in float32."""
         b, h, length, d = queries.shape
-        g = self.storage.keys.shape[0]
-        q = queries.reshape(b, g, h // g * length, d).swapaxes(0, 1)  # [G, B, M, D]
-        scores = q[:, :, None] @ self.gathered.keys.swapaxes(-1, -2)
-        scores = scores.astype(mx.float32).reshape(*scores.shape[:3], h // g, length, TILE)
-        scores = mx.where(self.view.visible, scores, -mx.inf)
-        scores = scores.reshape(g, b, -1, h // g * length, TILE)
-        peak = scores.max(axis=(2, 4))  # [G, B, M]
-        heads = [self._head_scores(q, row) for row in range(len(self.view.spans))]
+        g, _, tiles = self.gathered.keys.shape[:3]
+        m = h // g * length
+        q = queries.reshape(b, g, 1, m, d).swapaxes(0, 1)  # [G, B, 1, M, D]
+        scores = (q @ self.gathered.keys.swapaxes(-1, -2)).reshape(g, b, tiles, -1, length, TILE)
+        scores = (scores.astype(mx.float32) + self.view.mask).reshape(g, b, tiles, m, TILE)
+        peak = scores.max(axis=(2, 4), keepdims=True)  # [G, B, 1, M, 1]
+        heads = [self._head_scores(q[:, row], row) for row in range(len(self.view.spans))]
         if any(heads):
-            row_peaks = [
-                mx.stack([s.max(axis=(1, 3)) for s in strips]).max(axis=0)
-                if strips
-                else mx.full(peak[:, row].shape, -mx.inf)
-                for row, strips in enumerate(heads)
-            ]
-            peak = mx.maximum(peak, mx.stack(row_peaks, axis=1))
-        totals, parts = _tile_sums(scores, peak[:, :, None, :, None], self.gathered.values)
+            peak = mx.maximum(peak, mx.stack([_peak(strips, peak) for strips in heads], axis=1))
+        totals, parts = _tile_sums(scores, peak, self.gathered.values)
         if any(heads):
             before = [self._head_sums(s, peak[:, row], row) for row, s in enumerate(heads)]
-            totals = mx.concatenate([mx.stack([t for t, _ in before], 1)[:, :, None], totals], 2)
-            parts = mx.concatenate([mx.stack([p for _, p in before], 1)[:, :, None], parts], 2)
-        out = (parts.sum(axis=2) / totals.sum(axis=2)[..., None]).astype(queries.dtype)
-        return out.swapaxes(0, 1).reshape(b, h, length, d)
+            totals = mx.concatenate([mx.stack([t for t, _ in before], axis=1), totals], axis=2)
+            parts = mx.concatenate([mx.stack([p for _, p in before], axis=1), parts], axis=2)
+        out = parts.sum(axis=2, keepdims=True) / totals.sum(axis=2, keepdims=True)
+        return out.astype(queries.dtype).swapaxes(0, 1).reshape(b, h, length, d)
 
     def _strips(self, row: int) -> list[tuple[int, int]]:
         """Tiles [begin, end) of the row that may lie before its gathered ones, in strips."""
-        tiles = self.view.spans[row][1] // TILE
+        tiles = self.view.spans[row][1] // TILE + 1 - STRIP
         return [(t, min(t + STRIP, tiles)) for t in range(0, tiles, STRIP)]
 
     def _head(self, storage: mx.array, row: int, begin: int, end: int) -> mx.array:
@@ -150,11 +139,14 @@ class BlockSource(NamedTuple):
         return tiles.reshape(storage.shape[0], end - begin, TILE, -1)
 
     def _head_scores(self, q: mx.array, row: int) -> list[mx.array]:
-        """Scores [G, tiles, M, TILE] per strip over the row's tiles before its gathered ones."""
+        """Scores [G, tiles, M, TILE] per strip over the row's tiles before its gathered ones.
+
+        q: [G, 1, M, D].
+        """
         strips = []
         for begin, end in self._strips(row):
             keys = self._head(self.storage.keys, row, begin, end)
-            scores = (q[:, row, None] @ keys.swapaxes(-1, -2)).astype(mx.float32)
+            scores = (q @ keys.swapaxes(-1, -2)).astype(mx.float32)
             before = mx.arange(begin, end)[:, None, None] < self.view.first[row]
             strips.append(mx.where(before, scores, -mx.inf))
         return strips
@@ -162,14 +154,17 @@ class BlockSource(NamedTuple):
     def _head_sums(
         self, strips: list[mx.array], peak: mx.array, row: int
     ) -> tuple[mx.array, mx.array]:
-        """Sum of weights [G, M] and of weighted values [G, M, D] over those strips, in order."""
+        """Sum of weights [G, 1, M, 1] and of weighted values [G, 1, M, D] over those strips.
+
+        In order of position. peak: [G, 1, M, 1].
+        """
         total = mx.zeros(peak.shape)
-        weighted = mx.zeros((*peak.shape, self.storage.values.shape[-1]))
+        weighted = mx.zeros((*peak.shape[:-1], self.storage.values.shape[-1]))
         for scores, (begin, end) in zip(strips, self._strips(row), strict=True):
             values = self._head(self.storage.values, row, begin, end)
-            part_total, part = _tile_sums(scores, peak[:, None, :, None], values)
-            total = mx.concatenate([total[:, None], part_total], axis=1).sum(axis=1)
-            weighted = mx.concatenate([weighted[:, None], part], axis=1).sum(axis=1)
+            part_total, part = _tile_sums(scores, peak, values)
+            total = mx.concatenate([total, part_total], axis=1).sum(axis=1, keepdims=True)
+            weighted = mx.concatenate([weighted, part], axis=1).sum(axis=1, keepdims=True)
         return total, weighted
 
 
@@ -179,12 +174,10 @@ def read_block(storage: KV, block: KV | None, view: View) -> BlockSource:
 
     def gather(stored: mx.array, fresh: mx.array | None) -> mx.array:
         g, _, d = stored.shape
-        taken = mx.take(stored, view.places, axis=1).reshape(g, b, -1, d)
+        taken = stored.swapaxes(0, 1)[view.places]  # [B * n, G, D], the layout a gather writes
         if fresh is not None:
-            entries = fresh.swapaxes(0, 1).reshape(g, -1, d)
-            placed = mx.take(entries, view.block_places, axis=1).reshape(taken.shape)
-            taken = mx.where(view.fresh, placed, taken)
-        return taken.reshape(g, b, -1, TILE, d)
+            taken[view.block_places] = fresh.swapaxes(1, 2).reshape(-1, g, d)
+        return taken.reshape(b, -1, TILE, g, d).transpose(3, 0, 1, 2, 4)
 
     keys, values = block or (None, None)
     return BlockSource(
@@ -192,10 +185,25 @@ def read_block(storage: KV, block: KV | None, view: View) -> BlockSource:
     )
 
 
+def _peak(strips: list[mx.array], like: mx.array) -> mx.array:
+    """The largest of one row's scores before its gathered tiles, -inf if none: [G, 1, M, 1].
+
+    like: [G, B, 1, M, 1].
+    """
+    if not strips:
+        return mx.full(like[:, 0].shape, -mx.inf)
+    peaks = [scores.max(axis=(1, 3), keepdims=True) for scores in strips]
+    return mx.concatenate(peaks, axis=1).max(axis=1, keepdims=True)
+
+
 def _tile_sums(scores: mx.array, peak: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """Per tile: the sum of exp(scores - peak) and the values weighted with it, in float32."""
+    """Per tile: the sum of exp(scores - peak) and the values weighted with it, in float32.
+
+    scores: [..., tiles, M, TILE], values: [..., tiles, TILE, D] -> [..., tiles, M, 1 and D].
+    """
     weights = mx.exp(scores - peak)
-    return weights.sum(axis=-1), (weights.astype(values.dtype) @ values).astype(mx.float32)
+    totals = weights.sum(axis=-1, keepdims=True)
+    return totals, (weights.astype(values.dtype) @ values).astype(mx.float32)
 
 
 class PromptSource(NamedTuple):

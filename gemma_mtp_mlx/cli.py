@@ -1,27 +1,43 @@
-"""The command line: `mlx-gemma-mtp generate` and `mlx-gemma-mtp convert`.
+"""The command line: `mlx-gemma-mtp` generate, batch, cache-prompt and convert.
 
 Text goes to stdout as it is generated, everything else to stderr. What a user can get wrong ends in
-one line and exit code 2. Importing mlx_lm takes seconds, so a command imports what it needs when
-its options have been read.
+one line and exit code 2, requests that failed in 1. Importing mlx_lm takes seconds, so a command
+imports what it needs when its options have been read.
 """
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemma_mtp_mlx import __version__
+from gemma_mtp_mlx.options import (
+    DraftModel,
+    DraftTokens,
+    Dtype,
+    Model,
+    NoTemplate,
+    PromptFile,
+    System,
+    Think,
+    flag,
+    opt,
+    read_depth,
+    read_prompts,
+    read_schema,
+    text_or_file,
+)
 
 if TYPE_CHECKING:
-    from gemma_mtp_mlx.api import Chunk, Pair, Result
-    from gemma_mtp_mlx.report import Printer
+    from gemma_mtp_mlx.api import Pair
 
 NAME = "mlx-gemma-mtp"
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+ROWS = 8
 
 app = typer.Typer(
     add_completion=False,
@@ -31,18 +47,13 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
-    """What `--dtype` may be."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A closed stdout ends it quietly with 1."""
     try:
-        return app(args=argv, prog_name=NAME, standalone_mode=False) or 0
+        code = app(args=argv, prog_name=NAME, standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer's own answer to Ctrl-C
+            _say("interrupted")
+        return code
     except typer.TyperException as error:
         return _fail(f"{error.format_message().rstrip('.')}; see {NAME} --help")
     except OSError as error:
@@ -50,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}")
     except ValueError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def _version(wanted: bool) -> None:
@@ -71,61 +80,44 @@ def _options(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="The target; the built-in pair if not given."),
-    ] = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR_OR_REPO|none",
-            help="The drafter; the one in the target's folder if not given.",
-        ),
-    ] = None,
-    num_draft_tokens: Annotated[
-        int, typer.Option(min=0, max=15, metavar="N", help="Tokens drafted per round.")
-    ] = 4,
+    model: Model = None,
+    draft_model: DraftModel = None,
+    num_draft_tokens: DraftTokens = "auto",
     prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; several are one batch."),
+        list[str] | None, opt("TEXT", "A prompt, or several.", "--prompt", "-p")
     ] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A file with a prompt; - is stdin.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", metavar="N", help="Most tokens per prompt.")
-    ] = 256,
-    temp: Annotated[
-        float, typer.Option(metavar="T", help="Sampling temperature; 0 is greedy.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Sample from the best that make up P; 1 is off.")
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Sample from the N best tokens; 0 is off.")
-    ] = 0,
-    min_p: Annotated[
-        float, typer.Option(metavar="P", help="Least probability relative to the best; 0 is off.")
-    ] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed for sampling; fresh if not given.")
-    ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A system message, put first.")
-    ] = None,
-    ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
-    ] = False,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="A text that ends the output; may be repeated."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say more on stderr.")] = False,
-) -> None:
+    prompt_file: PromptFile = None,
+    max_tokens: Annotated[int, opt("N", "Most tokens per prompt.", "--max-tokens", "-m")] = 256,
+    temp: Annotated[float, opt("T", "Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, opt("P", "Sample from the best that make up P; 1 is off.")] = 1.0,
+    top_k: Annotated[int, opt("N", "Sample from the N best tokens; 0 is off.")] = 0,
+    min_p: Annotated[float, opt("P", "Least probability, relative to the best; 0 is off.")] = 0.0,
+    seed: Annotated[int | None, opt("N", "Seed for sampling; fresh if not given.")] = None,
+    repetition_penalty: Annotated[float, opt("X", "Divide recent tokens' logits by X.")] = 1.0,
+    presence_penalty: Annotated[float, opt("X", "Take X off recent tokens' logits.")] = 0.0,
+    frequency_penalty: Annotated[float, opt("X", "The same, each time they occur.")] = 0.0,
+    penalty_context_size: Annotated[int, opt("N", "How many tokens are recent.")] = 20,
+    system_prompt: System = None,
+    raw: NoTemplate = False,
+    thinking: Think = None,
+    thinking_budget: Annotated[int | None, opt("N", "Most tokens of thinking.")] = None,
+    stop: Annotated[list[str] | None, opt("TEXT", "What ends the output, once or more.")] = None,
+    json_schema: Annotated[str | None, opt("FILE|JSON", "A schema the text must follow.")] = None,
+    regex: Annotated[str | None, opt("REGEX", "What the whole text must match.")] = None,
+    grammar: Annotated[str | None, opt("FILE|TEXT", "The same, in Lark or GBNF.")] = None,
+    prompt_cache_file: Annotated[Path | None, opt("FILE", "Made by cache-prompt.")] = None,
+    logprobs: Annotated[int | None, opt("N", "Of each token and N others, with --json.")] = None,
+    json: Annotated[bool, flag("Print one JSON object per prompt.", "--json")] = False,
+    verbose: Annotated[bool, flag("Say more on stderr.", "--verbose")] = False,
+) -> int:
     """Generate text from one prompt or several."""
-    prompts = _prompts(prompt or [], prompt_file)
+    prompts = read_prompts(prompt or [], prompt_file)
+    drafts = read_depth(num_draft_tokens)
+    if logprobs is not None and not json:
+        raise ValueError("--logprobs needs --json, which shows them")
     from gemma_mtp_mlx import SamplingParams, report
+    from gemma_mtp_mlx import batch as runner
+    from gemma_mtp_mlx.prompt_cache import cached_tokens
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -135,44 +127,173 @@ def generate(
         min_p=min_p,
         seed=seed,
         stop=tuple(stop or ()),
+        repetition_penalty=repetition_penalty,
+        repetition_context_size=penalty_context_size,
+        presence_penalty=presence_penalty,
+        presence_context_size=penalty_context_size,
+        frequency_penalty=frequency_penalty,
+        frequency_context_size=penalty_context_size,
+        logprobs=logprobs,
+        thinking=thinking,
+        thinking_budget=thinking_budget,
+        json_schema=None if json_schema is None else read_schema(json_schema),
+        regex=regex,
+        grammar=None if grammar is None else text_or_file(grammar, ":"),
     )
     pair = _load(model, draft_model)
-    template = not ignore_chat_template
-    ids = [pair.encode(text, system=system_prompt, template=template) for text in prompts]
-    chunks = pair.stream_batch(ids, params, num_draft_tokens=num_draft_tokens)
+    like: Any = {"system": system_prompt, "template": not raw, "thinking": thinking}
+    ids = [pair.encode(text, **like) for text in prompts]
+    requests = [pair.prompts.request(tokens, params) for tokens in ids]
+    rows = min(ROWS, len(requests))
+    room = runner.positions(requests, rows)
+    if prompt_cache_file is not None:
+        room += cached_tokens(prompt_cache_file)
+    session = pair.session(
+        max_batch=rows,
+        num_draft_tokens=drafts,
+        positions=room,
+        reuse=len(requests) > 1 or prompt_cache_file is not None,
+    )
+    if prompt_cache_file is not None:
+        session.load_prompt_cache(prompt_cache_file)
+    chunks = session.stream_requests(requests)
     if verbose:
         _say(*report.describe(pair))
     _say(f"Reading {_count(len(ids), 'prompt')}, {_count(sum(map(len, ids)), 'token')}")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     out = report.JsonPrinter(sys.stdout) if json else report.TextPrinter(len(ids), sys.stdout)
-    results = _show(chunks, out)
-    _say("", *(report.details(results) if verbose else ()), *report.summary(results))
+    results = report.show(chunks, out)
+    more = [*report.details(results), *report.depth(session.depth)] if verbose else []
+    _say("", *more, *report.summary(results))
+    if prompt_cache_file is not None:
+        _say(*report.taken_over(results, prompt_cache_file))
+    failed = report.errors(results)
+    _say(*(f"{NAME}: error: {error}" for error in failed))
+    return FAILED if failed else 0
+
+
+@app.command()
+def batch(
+    prompts_file: Annotated[str, opt("FILE", "Requests, one JSON object a line; - is stdin.")],
+    output: Annotated[Path, opt("FILE", "Results, one a line; resumed if it is there.")],
+    model: Model = None,
+    draft_model: DraftModel = None,
+    num_draft_tokens: DraftTokens = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests that run at a time, at most.")
+    ] = ROWS,
+    kv_budget: Annotated[float | None, opt("GB", "Memory for keys and values, at most.")] = None,
+    max_tokens: Annotated[int, opt("N", "Where a line has none.", "--max-tokens", "-m")] = 256,
+) -> int:
+    """Generate from many requests in a file into another; the same command resumes.
+
+    A request is {"prompt": TEXT}, {"messages": [...]} or {"tokens": [...]}, with its own settings
+    (temperature, seed, stop, json_schema, ...), "n" for several answers and "id" to be given back.
+    """
+    drafts = read_depth(num_draft_tokens)
+    if kv_budget is not None and not 0 < kv_budget < math.inf:
+        raise ValueError(f"--kv-budget is {kv_budget}; it must be a number of GB above 0")
+    from gemma_mtp_mlx import batch as runner
+    from gemma_mtp_mlx import report
+    from gemma_mtp_mlx.lines import read_lines
+    from gemma_mtp_mlx.weights import fingerprint
+
+    name = "standard input" if prompts_file == "-" else prompts_file
+    with Path("/dev/stdin" if prompts_file == "-" else prompts_file).open("rb") as source:
+        lines = read_lines(source, name, max_tokens)
+    found = runner.read_output(output, lines, name)
+    pair = _load(model, draft_model)
+    jobs = runner.prepare(lines, found, pair.prompts, name)
+    total = sum(line.choices for line in lines)
+    del lines
+    session = None
+    if jobs:
+        rows = min(batch_size, len(jobs))
+        session = pair.session(
+            max_batch=rows,
+            num_draft_tokens=drafts,
+            kv_bytes=None if kv_budget is None else int(kv_budget * 1e9),
+            positions=runner.positions(jobs, rows),
+        )
+        runner.check_fit(session, jobs, name)
+    out = runner.Output(output, found, fingerprint(pair.target, pair.target.config))
+    if found.torn:
+        _say(f"Cut an unfinished line of {_count(found.torn, 'byte')} off the end of {output}")
+    if found.done:
+        _say(f"{len(found.done)} of {total} requests are in {output} already")
+    failed = {index for index, _ in found.failed}
+    progress = report.Progress(total, len(found.done), sys.stderr)
+    try:
+        for pieces in () if session is None else runner.run(session, jobs, 2 * batch_size):
+            for job, chunk in pieces:
+                progress.add(chunk)
+                if chunk.result is not None:
+                    out.write(job, report.as_json(chunk.result))
+                    if chunk.result.error is not None:
+                        failed.add(job.index)
+            assert session is not None
+            progress.show([row.request.stats for row in session.engine.running])
+    except KeyboardInterrupt:
+        progress.close()
+        there = f"{progress.done} of {total} requests are in {output}"
+        _say(f"{there}; the same command goes on from there")
+        raise
+    finally:
+        progress.close()
+        out.close()
+    if session is not None:
+        _say(*progress.summary(session.depth))
+    if failed:
+        _say(f"{NAME}: error: {report.failures(failed, name, output)}")
+    return FAILED if failed else 0
+
+
+@app.command()
+def cache_prompt(
+    prompt_cache_file: Annotated[Path, opt("FILE", "The file to write.")],
+    model: Model = None,
+    prompt: Annotated[str | None, opt("TEXT", "The prompt.", "--prompt", "-p")] = None,
+    prompt_file: PromptFile = None,
+    system_prompt: System = None,
+    raw: NoTemplate = False,
+    thinking: Think = None,
+) -> None:
+    """Compute a prompt once and keep it in a file, for generate and prompts that begin with it."""
+    texts = read_prompts([] if prompt is None else [prompt], prompt_file)
+    if len(texts) > 1:
+        raise ValueError("give --prompt or --prompt-file, not both: a prompt cache has one prompt")
+    if not prompt_cache_file.parent.is_dir():
+        raise ValueError(f"there is no folder {prompt_cache_file.parent}; make it first")
+    from gemma_mtp_mlx.cache import seat_size
+
+    pair = _load(model, "none")
+    like: Any = {"system": system_prompt, "template": not raw, "thinking": thinking}
+    # What a longer prompt has in common with this one: not the end of the user's turn.
+    whole, longer = (pair.encode(text, **like) for text in (texts[0], texts[0] + "\n\nx"))
+    pairs = enumerate(zip(whole, longer, strict=False))
+    common = next((place for place, (a, b) in pairs if a != b), len(whole))
+    session = pair.session(max_batch=1, positions=seat_size(common + 1))
+    kept = session.save_prompt_cache(whole[:common], prompt_cache_file)
+    size = prompt_cache_file.stat().st_size / 1e6
+    _say(
+        f"{prompt_cache_file}: {kept} of {_count(len(whole), 'token')}, {size:.1f} MB; only whole "
+        f"chunks of {session.engine.chunk} are kept"
+    )
 
 
 @app.command()
 def convert(
-    hf_path: Annotated[
-        str, typer.Option(metavar="DIR_OR_REPO", help="Checkpoint of the target to convert.")
-    ],
-    mlx_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; new or empty.")],
+    hf_path: Annotated[str, opt("DIR_OR_REPO", "Checkpoint of the target to convert.")],
+    mlx_path: Annotated[Path, opt("DIR", "Folder to write; new or empty.")],
     draft_hf_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR_OR_REPO", help="Checkpoint of its drafter, written to DIR/drafter."
-        ),
+        str | None, opt("DIR_OR_REPO", "Checkpoint of its drafter, written to DIR/drafter.")
     ] = None,
-    quantize: Annotated[
-        bool, typer.Option("--quantize", "-q", help="Quantise the weights.")
-    ] = False,
-    q_bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Bits per weight, with -q.  [default: 4]")
-    ] = None,
+    quantize: Annotated[bool, flag("Quantise the weights.", "--quantize", "-q")] = False,
+    q_bits: Annotated[int | None, opt("N", "Bits per weight, with -q.  [default: 4]")] = None,
     q_group_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Weights per scale, with -q.  [default: 64]")
+        int | None, opt("N", "Weights per scale, with -q.  [default: 64]")
     ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Type of what is not quantised; as it is if not given.")
-    ] = None,
+    dtype: Annotated[Dtype | None, flag("Type of what is not quantised; as it is if not.")] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, and its drafter, to a folder for MLX."""
     if not quantize and (q_bits, q_group_size) != (None, None):
@@ -192,32 +313,9 @@ def convert(
         draft_source=draft_hf_path,
         quantization=quantization,
         dtype=None if dtype is None else dtype.value,
-        on_tensor=_progress,
+        on_tensor=report.conversion_progress,
     )
     _say(*report.converted(written, mlx_path))
-
-
-def _prompts(texts: list[str], file: str | None) -> list[str]:
-    """Return the prompts given as text and the one in a file, which is taken as it is."""
-    prompts = [text.encode("utf-8", "surrogateescape") for text in texts]
-    names = ["--prompt"] * len(prompts)
-    if file is not None:
-        prompts.append(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
-        names.append("standard input" if file == "-" else file)
-    if not prompts:
-        raise ValueError(
-            "there is no prompt; give --prompt TEXT or --prompt-file FILE (- is stdin)"
-        )
-    return [_decode(data, name) for data, name in zip(prompts, names, strict=True)]
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: byte {error.start} is not UTF-8; give the prompt as UTF-8 text"
-        ) from error
 
 
 def _load(model: str | None, draft_model: str | None) -> "Pair":
@@ -231,29 +329,6 @@ def _load(model: str | None, draft_model: str | None) -> "Pair":
     plain = " without a drafter" if pair.drafter is None else ""
     _say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s")
     return pair
-
-
-def _show(chunks: Iterable["Chunk"], printer: "Printer") -> list["Result"]:
-    """Show chunks as they come and return the results, by prompt."""
-    results = {}
-    try:
-        for chunk in chunks:
-            printer.add(chunk)
-            if chunk.result is not None:
-                results[chunk.index] = chunk.result
-    except KeyboardInterrupt:
-        printer.close()
-        _say("interrupted")
-        raise
-    return [results[index] for index in sorted(results)]
-
-
-def _progress(name: str, done: int, total: int) -> None:
-    """Show how far a model's conversion has come: on one line that changes, or when it is done."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{done} of {total}: {name}", end="", file=sys.stderr, flush=True)
-        if done == total:
-            print("\r\033[K", end="", file=sys.stderr)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,7 +1,7 @@
 """The pieces a Gemma 4 decoder layer is made of; parameter names are mlx_lm's.
 
-A layer attends through a reader (cache.py): it hands over its block's new keys and values and gets
-back what its queries may read, so the same layer serves prefill, verify and draft passes.
+A layer attends through a reader (readers.py): it hands over its block's new keys and values and
+gets back what its queries may read, so the same layer serves prefill, verify and draft passes.
 Source: transformers Gemma4TextDecoderLayer and the classes it uses.
 """
 
@@ -15,6 +15,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from gemma_mtp_mlx.attention import KV
 from gemma_mtp_mlx.config import LayerConfig, ModelConfig
 from gemma_mtp_mlx.device import fused, on_gpu
+from gemma_mtp_mlx.readers import Turn, Turns, wavelengths
 
 
 class Source(Protocol):
@@ -25,9 +26,13 @@ class Source(Protocol):
 
 
 class Reader(Protocol):
-    """One pass over the cache: cache.VerifyReader, cache.PromptReader or cache.SharedKV."""
+    """One pass over the cache: a VerifyReader, a PromptReader or a SharedKV of readers.py.
+
+    positions: [B] int32, of the first token of each row; turns: how RoPE turns the tokens there.
+    """
 
     positions: mx.array
+    turns: Turns
 
     def source(self, layer: LayerConfig, block: KV | None) -> Source:
         """Return what the layer's queries read; block: its new keys and values if it owns any."""
@@ -49,48 +54,65 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
             if not layer.k_eq_v:
                 self.v_proj = nn.Linear(width, kv_width * d, bias=False)
-        self._rope_base, self._rope_freqs = _rope(layer)
 
     def __call__(self, x: mx.array, reader: Reader) -> mx.array:
         """x: [B, L, E] -> [B, L, E]."""
-        layer = self._layer
         b, length, _ = x.shape
-        block = self._block(x, reader.positions) if layer.owns_kv else None
-        queries = self.q_norm(self.q_proj(x).reshape(b, length, -1, layer.head_dim))
-        queries = self._rotate(queries.swapaxes(1, 2), reader.positions)
-        out = reader.source(layer, block).attend(queries)
+        queries, block = (self._heads if on_gpu() else self._joined_heads)(x, reader)
+        out = reader.source(self._layer, block).attend(queries)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, length, -1))
 
-    def _block(self, x: mx.array, positions: mx.array) -> KV:
-        """New keys and values, [B, G, L, D] each."""
-        b, length, _ = x.shape
-        raw = self.k_proj(x).reshape(b, length, -1, self._layer.head_dim)
-        values = raw
-        if not self._layer.k_eq_v:
-            values = self.v_proj(x).reshape(b, length, -1, self._layer.head_dim)
-        keys = self._rotate(self.k_norm(raw).swapaxes(1, 2), positions)
-        return KV(keys, mx.fast.rms_norm(values, None, self._eps).swapaxes(1, 2))
+    def _heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, KV | None]:
+        """Queries [B, H, L, D], and the block if the layer owns one; a launch per norm and RoPE."""
+        queries, *new = self._project(x)
+        queries = self._rotate(self.q_norm(queries), reader.positions)
+        if not new:
+            return queries, None
+        keys = self._rotate(self.k_norm(new[0]), reader.positions)
+        return queries, KV(keys, mx.fast.rms_norm(new[-1], None, self._eps).swapaxes(1, 2))
+
+    def _joined_heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, KV | None]:
+        """The same for a CPU, where a norm or a RoPE is a dozen operations: all heads at once."""
+        parts = self._project(x)
+        norms = [self.q_norm, self.k_norm] if self._layer.owns_kv else [self.q_norm]
+        weights = mx.concatenate(
+            [mx.broadcast_to(n.weight, p.shape[2:]) for n, p in zip(norms, parts, strict=False)]
+        )
+        normed = mx.fast.rms_norm(mx.concatenate(parts, axis=2), None, self._eps)
+        turned = _turn(normed[:, :, : len(weights)] * weights, reader.turns.of(self._layer))
+        turned = turned.swapaxes(1, 2)
+        if not self._layer.owns_kv:
+            return turned, None
+        count = parts[0].shape[2]
+        values = normed[:, :, len(weights) :].swapaxes(1, 2)
+        return turned[:, :count], KV(turned[:, count:], values)
+
+    def _project(self, x: mx.array) -> list[mx.array]:
+        """Raw queries, keys and values, [B, L, heads, D]; only queries if the layer shares K/V."""
+        parts = [self.q_proj(x)]
+        if self._layer.owns_kv:
+            parts.append(self.k_proj(x))
+            parts.append(parts[1] if self._layer.k_eq_v else self.v_proj(x))
+        return [part.reshape(*x.shape[:2], -1, self._layer.head_dim) for part in parts]
 
     def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
-        """RoPE of [B, heads, L, D], the first of the L at positions [B]."""
+        """RoPE of [B, L, heads, D], the first at positions [B]. Returns [B, heads, L, D]."""
         return mx.fast.rope(
-            x,
+            x.swapaxes(1, 2),
             self._layer.head_dim,
             traditional=False,
-            base=self._rope_base,
+            base=None,
             scale=1.0,
             offset=positions,
-            freqs=self._rope_freqs,
+            freqs=wavelengths(self._layer),
         )
 
 
-def _rope(layer: LayerConfig) -> tuple[float | None, mx.array | None]:
-    """Base, or wavelengths where only a part is rotated: the rest turns by nothing (1 / inf)."""
-    if layer.rope_dims == layer.head_dim:
-        return layer.rope_theta, None
-    exponents = mx.arange(0, layer.rope_dims, 2, dtype=mx.float32) / layer.head_dim
-    still = mx.full(((layer.head_dim - layer.rope_dims) // 2,), mx.inf)
-    return None, mx.concatenate([layer.rope_theta**exponents, still])
+def _turn(x: mx.array, turn: Turn) -> mx.array:
+    """RoPE of [B, L, heads, D], computed in float32."""
+    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = halves * turn.cos + halves[..., ::-1, :] * turn.sin
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 @fused

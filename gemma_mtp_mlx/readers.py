@@ -1,9 +1,11 @@
-"""What a pass reads: the committed cache and the keys and values it has just computed.
+"""What a pass reads: the committed cache, the keys and values it has just computed, its positions.
 
 A reader lives as long as one pass. It holds views of the cache, so it must be gone before a commit.
 """
 
 import copy
+from functools import cache as cached
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,8 +20,45 @@ from gemma_mtp_mlx.attention import (
     cache_view,
     read_block,
 )
-from gemma_mtp_mlx.cache import Cache
+from gemma_mtp_mlx.cache import Cache, Seat
 from gemma_mtp_mlx.config import LayerConfig
+
+
+class Turn(NamedTuple):
+    """How RoPE turns a pass's heads, float32: the halves of a head are x * cos + swapped x * sin.
+
+    cos: [B, L, 1, 1, D / 2]; sin: [B, L, 1, 2, D / 2], the first half negated.
+    """
+
+    cos: mx.array
+    sin: mx.array
+
+
+class Turns:
+    """The turns of a pass's tokens, computed once for each of the two kinds of layers."""
+
+    def __init__(self, positions: mx.array, length: int) -> None:
+        """positions: [B] int32, of the first of `length` consecutive tokens per row."""
+        self._positions, self._length = positions, length
+        self._turns: dict[bool, Turn] = {}
+
+    def of(self, layer: LayerConfig) -> Turn:
+        """Return the turn of the layer's heads."""
+        if layer.sliding not in self._turns:
+            positions = (self._positions[:, None] + mx.arange(self._length))[..., None, None, None]
+            angles = positions / wavelengths(layer)
+            sin = mx.sin(angles)
+            turn = Turn(mx.cos(angles), mx.concatenate([-sin, sin], axis=-2))
+            self._turns[layer.sliding] = turn
+        return self._turns[layer.sliding]
+
+
+@cached
+def wavelengths(layer: LayerConfig) -> mx.array:
+    """RoPE's wavelengths / 2 pi, [D / 2]; infinite, which turns by nothing, where not rotated."""
+    exponents = np.arange(0, layer.rope_dims, 2) / layer.head_dim
+    still = np.full((layer.head_dim - layer.rope_dims) // 2, np.inf)
+    return mx.array(np.concatenate([layer.rope_theta**exponents, still]), mx.float32)
 
 
 class VerifyReader:
@@ -27,6 +66,7 @@ class VerifyReader:
 
     def __init__(self, cache: Cache, rows: Rows, length: int) -> None:
         self.positions = rows.lengths  # [B] int32: RoPE position of the block's first token
+        self.turns = Turns(rows.lengths, length)
         self.blocks: dict[int, KV] = {}
         self._cache = cache
         self._sources: dict[int, BlockSource] = {}
@@ -48,10 +88,11 @@ class VerifyReader:
 class PromptReader:
     """One prefill pass over a chunk of one row's prompt, at positions start, start + 1, ..."""
 
-    def __init__(self, cache: Cache, row: int, start: int, length: int) -> None:
+    def __init__(self, cache: Cache, seat: Seat, start: int, length: int) -> None:
         self.positions = mx.array([start])
+        self.turns = Turns(self.positions, length)
         self.blocks: dict[int, KV] = {}
-        self._cache, self._row, self._start = cache, row, start
+        self._cache, self._seat, self._start = cache, seat, start
         self._sources: dict[int, PromptSource] = {}
         window = cache.config.sliding_window
         seen = min(start, window - 1)
@@ -63,13 +104,14 @@ class PromptReader:
         """Return a reader of the same pass for queries at the chunk's last position only."""
         end = copy.copy(self)
         end.positions = self.positions + length - 1
+        end.turns = Turns(end.positions, 1)
         return end
 
     def source(self, layer: LayerConfig, block: KV | None) -> PromptSource:
         """Return what the layer's queries read; block: its new keys and values if it owns any."""
         if block is not None:
             self.blocks[layer.index] = block
-            past = self._cache.prompt_keys_values(layer, self._row, self._start)
+            past = self._cache.prompt_keys_values(layer, self._seat, self._start)
             self._sources[layer.index] = PromptSource(
                 mx.concatenate([past.keys, block.keys], axis=2),
                 mx.concatenate([past.values, block.values], axis=2),
@@ -88,6 +130,7 @@ class SharedKV:
     def __init__(self, cache: Cache, rows: Rows) -> None:
         self.rows = rows
         self.positions = rows.lengths  # [B] int32: of the bonus token, constant while drafting
+        self.turns = Turns(rows.lengths, 1)
         window = cache.config.sliding_window + 1
         views = {
             True: cache_view(rows, window, cache.ring),

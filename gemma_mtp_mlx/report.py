@@ -1,20 +1,30 @@
-"""What the command line shows: texts as they grow, JSON objects, statistics.
+"""What the command line shows: texts as they grow, JSON objects, progress, statistics.
 
 A batch's prompts grow together but are shown one after the other: the first unfinished one live,
 the next ones, as far as they have come, when it is done.
 """
 
 import json
+import math
 import shlex
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import mlx.core as mx
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gemma_mtp_mlx.api import Chunk, Pair, Result
 from gemma_mtp_mlx.convert import Report
 from gemma_mtp_mlx.convert.conversion import Written
+from gemma_mtp_mlx.depth import DepthState
+from gemma_mtp_mlx.request import Stats
+
+LINE_S = 10.0  # between two lines of progress where no bar can be drawn
+MOST_NAMED = 10
 
 
 class Printer(Protocol):
@@ -98,14 +108,134 @@ class JsonPrinter:
         """Show nothing: an object is either whole or not there."""
 
 
+def show(chunks: Iterable[Chunk], printer: Printer) -> list[Result]:
+    """Show chunks as they come and return the results, by prompt. Ctrl-C shows what is there."""
+    results = {}
+    try:
+        for chunk in chunks:
+            printer.add(chunk)
+            if chunk.result is not None:
+                results[chunk.index] = chunk.result
+    except KeyboardInterrupt:
+        printer.close()
+        raise
+    return [results[index] for index in sorted(results)]
+
+
+@dataclass(slots=True)
+class Totals:
+    """What several requests cost together, and what their drafts were worth."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_position: list[int] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+    def add(self, stats: Stats) -> None:
+        """Add a request's."""
+        self.requests += 1
+        self.prompt_tokens += stats.prompt_tokens
+        self.cached_tokens += stats.cached_tokens
+        self.tokens += stats.generation_tokens
+        self.rounds += stats.draft_rounds
+        self.drafted += stats.draft_n
+        self.accepted += stats.draft_n_accepted
+        self.by_position += [0] * (len(stats.accepted_per_position) - len(self.by_position))
+        for position, count in enumerate(stats.accepted_per_position):
+            self.by_position[position] += count
+        self.peak_memory_bytes = max(self.peak_memory_bytes, stats.peak_memory_bytes)
+
+
+class Progress:
+    """How far a run of many requests has come: a bar on a terminal, else a line now and then.
+
+    total: requests; done: those that were there before.
+    """
+
+    def __init__(self, total: int, done: int, out: TextIO) -> None:
+        self.totals = Totals()
+        self.done = self._before = done
+        self._total = total
+        self._out = out
+        self._tokens = 0
+        self._began = self._shown = time.monotonic()
+        self._bar: tqdm | None = None
+        if out.isatty():
+            shape = "{n_fmt}/{total_fmt} requests |{bar}| {desc} [{elapsed}]"
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=out,
+                bar_format=shape,
+                dynamic_ncols=True,
+                miniters=0,
+                leave=False,
+            )
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk."""
+        self._tokens += len(chunk.tokens)
+        if chunk.result is not None:
+            self.done += 1
+            self.totals.add(chunk.result.stats)
+
+    def show(self, running: Collection[Stats]) -> None:
+        """Show how far it has come, if it is time. running: of the requests under way."""
+        if self._bar is not None:
+            self._bar.set_description_str(self._speed(running), refresh=False)
+            self._bar.update(self.done - self._bar.n)
+        elif time.monotonic() - self._shown >= LINE_S:
+            self._shown = time.monotonic()
+            line = f"{self.done} of {self._total} requests, {self._speed(running)}"
+            print(line, file=self._out, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def summary(self, state: DepthState) -> list[str]:
+        """Return the lines after a run."""
+        totals, seconds = self.totals, time.monotonic() - self._began
+        before = f", {self._before} of them before" if self._before else ""
+        return [
+            f"Requests: {self.done} of {self._total} done{before}",
+            f"Prompts: {totals.prompt_tokens} tokens, {totals.cached_tokens} of them taken over "
+            "from earlier ones",
+            f"Generation: {self._tokens} tokens in {seconds:.1f} s, "
+            f"{_rate(self._tokens, seconds)} tokens per second",
+            f"Peak memory: {totals.peak_memory_bytes / 1e9:.3f} GB",
+            *_drafts(totals),
+            *depth(state),
+        ]
+
+    def _speed(self, running: Collection[Stats]) -> str:
+        rate = _rate(self._tokens, time.monotonic() - self._began)
+        drafted = self.totals.drafted + sum(stats.draft_n for stats in running)
+        accepted = self.totals.accepted + sum(stats.draft_n_accepted for stats in running)
+        kept = f", {accepted / drafted:.0%} accepted" if drafted else ""
+        return f"{rate} tokens/s, {len(running)} running{kept}"
+
+
 def as_json(result: Result) -> dict[str, Any]:
-    """Return a result under mlx_lm's names (peak_memory in GB) and those of the drafts."""
+    """Return a result under mlx_lm's names (peak_memory in GB) and those of the drafts.
+
+    A request that failed has an error, and nothing else.
+    """
     stats = result.stats
-    return {
+    if result.error is not None:
+        return {"error": " ".join(str(result.error).split()) or type(result.error).__name__}
+    shown = {
         "text": result.text,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
         "prompt_tokens": stats.prompt_tokens,
+        "cached_tokens": stats.cached_tokens,
         "prompt_tps": stats.prompt_tps,
         "generation_tokens": stats.generation_tokens,
         "generation_tps": stats.generation_tps,
@@ -118,22 +248,29 @@ def as_json(result: Result) -> dict[str, Any]:
         "acceptance_rate": stats.acceptance_rate,
         "mean_accept_len": stats.mean_accept_len,
     }
+    if result.logprobs:
+        # What a grammar forbids has no logarithm, and JSON no infinity.
+        shown["logprobs"] = [
+            {"token": token, "logprob": own, "top": [[t, p] for t, p in top if math.isfinite(p)]}
+            for token, (own, top) in zip(result.tokens, result.logprobs, strict=True)
+        ]
+    return shown
 
 
 def summary(results: Sequence[Result]) -> list[str]:
     """Return the lines after a run: the whole batch's speed, memory and acceptance."""
-    stats = [result.stats for result in results]
-    prompt = sum(s.prompt_tokens for s in stats)
-    generated = sum(s.generation_tokens for s in stats)
-    prompt_s = sum(s.prompt_s for s in stats)
-    generation_s = max(s.generation_s for s in stats)
-    peak = max(s.peak_memory_bytes for s in stats)
+    totals = Totals()
+    for result in results:
+        totals.add(result.stats)
+    prompt_s = sum(result.stats.prompt_s for result in results)
+    generation_s = max(result.stats.generation_s for result in results)
     return [
-        f"Prompt: {prompt} tokens, {_rate(prompt, prompt_s)} tokens per second",
-        f"Generation: {generated} tokens, "
-        f"{_rate(generated - len(stats), generation_s)} tokens per second",
-        f"Peak memory: {peak / 1e9:.3f} GB",
-        *_drafts(results),
+        f"Prompt: {totals.prompt_tokens} tokens, {_rate(totals.prompt_tokens, prompt_s)} "
+        "tokens per second",
+        f"Generation: {totals.tokens} tokens, "
+        f"{_rate(totals.tokens - totals.requests, generation_s)} tokens per second",
+        f"Peak memory: {totals.peak_memory_bytes / 1e9:.3f} GB",
+        *_drafts(totals),
     ]
 
 
@@ -147,6 +284,48 @@ def details(results: Sequence[Result]) -> list[str]:
             ((result.stats, result.finish_reason) for result in results), 1
         )
     ]
+
+
+def depth(state: DepthState) -> list[str]:
+    """Return a line on how many tokens were drafted per round, nothing if there was no drafter."""
+    if not state.rounds:
+        return []
+    parts = [f"{k} with {n} row{'s' * (n > 1)}" for n, k in sorted(state.depth.items())]
+    shown = max([*state.depth.values(), 1])
+    acceptance = " ".join(f"{a:.2f}" for a in state.acceptance[:shown])
+    return [
+        f"Depth: {', '.join(parts)}; acceptance {acceptance or '-'}; switches: {state.switches}, "
+        f"tries: {state.probes} at {max(state.probe_share, 0):.1%} of the time"
+    ]
+
+
+def taken_over(results: Sequence[Result], file: Path) -> list[str]:
+    """Return what a prompt cache was worth to each prompt."""
+    counts = [result.stats.cached_tokens for result in results]
+    if not any(counts):
+        return [f"{file}: no prompt begins with what it holds, so it was of no use"]
+    return [f"{file}: {', '.join(map(str, counts))} prompt tokens taken over"]
+
+
+def errors(results: Sequence[Result]) -> list[str]:
+    """Return a line for every prompt that failed."""
+    return [
+        f"prompt {number} failed: {as_json(result)['error']}"
+        for number, result in enumerate(results, 1)
+        if result.error is not None
+    ]
+
+
+def failures(lines: Collection[int], prompts: str, output: Path) -> str:
+    """Return what to know of requests that failed. lines: numbers from 0, of the prompts file."""
+    numbers = sorted(lines)
+    named = ", ".join(str(number + 1) for number in numbers[:MOST_NAMED])
+    more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
+    noun = "line" if len(numbers) == 1 else "lines"
+    return (
+        f'requests of {prompts} failed: {noun} {named}{more}; their "error" in {output} says '
+        "why; to try them again, remove their results there and run the same command"
+    )
 
 
 def describe(pair: Pair) -> list[str]:
@@ -177,6 +356,14 @@ def converted(report: Report, folder: Path) -> list[str]:
     return [*lines, f"Try: {try_it}"]
 
 
+def conversion_progress(name: str, done: int, total: int) -> None:
+    """Show how far a model's conversion has come: on one line that changes, or when it is done."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{done} of {total}: {name}", end="", file=sys.stderr, flush=True)
+        if done == total:
+            print("\r\033[K", end="", file=sys.stderr)
+
+
 def _written(part: Written) -> str:
     text = f"{part.used} tensors, {part.bytes_in / 1e6:.1f} MB as {part.bytes_out / 1e6:.1f} MB"
     if part.quantized:
@@ -188,22 +375,14 @@ def _written(part: Written) -> str:
     return text
 
 
-def _drafts(results: Sequence[Result]) -> list[str]:
-    stats = [result.stats for result in results]
-    rounds = sum(s.draft_rounds for s in stats)
-    drafted = sum(s.draft_n for s in stats)
-    if not drafted:
+def _drafts(totals: Totals) -> list[str]:
+    if not totals.drafted:
         return ["Drafts: none"]
-    emitted = sum(s.generation_tokens - 1 for s in stats)
-    kept = sum(s.draft_n_accepted for s in stats) / drafted
-    depth = max(len(s.accepted_per_position) for s in stats)
-    by_position = [
-        sum(s.accepted_per_position[place] for s in stats if place < len(s.accepted_per_position))
-        for place in range(depth)
-    ]
-    shares = " ".join(f"{count / rounds:.2f}" for count in by_position)
+    emitted, rounds = totals.tokens - totals.requests, totals.rounds
+    kept = totals.accepted / totals.drafted
+    shares = " ".join(f"{count / rounds:.2f}" for count in totals.by_position)
     return [
-        f"Drafts: {emitted / rounds:.2f} tokens per round, {kept:.0%} of {drafted} accepted",
+        f"Drafts: {emitted / rounds:.2f} tokens per round, {kept:.0%} of {totals.drafted} accepted",
         f"Accepted by position: {shares} of {rounds} rounds",
     ]
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gemma_mtp_mlx.constraint import Constraint
+from gemma_mtp_mlx.outcome import Logprob
 from gemma_mtp_mlx.sampling import SamplingParams, fresh_seed
 from gemma_mtp_mlx.tokens import TextStream
 
@@ -11,12 +13,17 @@ from gemma_mtp_mlx.tokens import TextStream
 class Stats:
     """What a request cost and what its drafts were worth.
 
-    draft_rounds: verify passes; draft_n: tokens drafted; draft_n_accepted: drafts that were
-    emitted; accepted_per_position: how many rounds emitted their first, second, ... draft.
+    cached_tokens: prompt tokens taken over from earlier prompts; queued_s: from submission to
+    admission; prompt_s: from there to the first token, whatever else ran meanwhile; generation_s:
+    from the first token to the last; draft_rounds: verify passes; draft_n: tokens drafted;
+    draft_n_accepted: drafts that were emitted; accepted_per_position: how many rounds emitted
+    their first, second, ... draft.
     """
 
     seed: int
     prompt_tokens: int
+    cached_tokens: int = 0
+    queued_s: float = 0.0
     prompt_s: float = 0.0
     generation_tokens: int = 0
     generation_s: float = 0.0
@@ -48,7 +55,11 @@ class Stats:
 
 
 class Request:
-    """A request's life on the host. `finish_reason` is None, "stop" or "length"."""
+    """A request's life on the host.
+
+    finish_reason: None while it lives, then "stop", "length", "cancelled" or "error"; error: what
+    went wrong in the last case. constraint: what its tokens must obey, None if nothing.
+    """
 
     def __init__(
         self,
@@ -56,6 +67,7 @@ class Request:
         params: SamplingParams,
         eos: frozenset[int],
         text: TextStream | None = None,
+        constraint: Constraint | None = None,
         max_tokens: int | None = None,
     ) -> None:
         """max_tokens: a lower limit than the settings', where the context ends before."""
@@ -64,12 +76,43 @@ class Request:
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.max_tokens = min(params.max_tokens, max_tokens or params.max_tokens)
         self.text = text
+        self.constraint = constraint
         self.tokens: list[int] = []
+        self.logprobs: list[Logprob] = []  # one per token if the settings ask for them
         self.finish_reason: str | None = None
+        self.error: Exception | None = None
         self.stats = Stats(seed=self.seed, prompt_tokens=len(self.prompt))
         self._eos = eos
+        self._submitted = self._admitted = self._first = 0.0
 
-    def extend(self, tokens: Sequence[int]) -> list[int]:
+    @property
+    def positions(self) -> int:
+        """Most positions it can ever have in the cache."""
+        return len(self.prompt) + self.max_tokens
+
+    def host_decides(self, length: int) -> bool:
+        """Whether the host has a say in any of the next `length` tokens."""
+        if self.params.logits_processors:
+            return True
+        return self.constraint is not None and self.constraint.active(length)
+
+    def submitted(self, now: float) -> None:
+        """Take note of when it was submitted, in seconds of any clock."""
+        self._submitted = now
+
+    def admitted(self, now: float) -> None:
+        """Take note of when it was given memory."""
+        self._admitted = now
+        self.stats.queued_s = now - self._submitted
+
+    def emitted(self, now: float) -> None:
+        """Take note of when tokens came; the first ones end the prompt's time."""
+        if not self._first:
+            self._first = now
+            self.stats.prompt_s = now - self._admitted
+        self.stats.generation_s = now - self._first
+
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[Logprob] = ()) -> list[int]:
         """Append tokens up to the one that ends the request. Returns those appended."""
         before = len(self.tokens)
         for token in tokens:
@@ -80,10 +123,20 @@ class Request:
                 self.finish_reason = "length"
             if self.finish_reason:
                 break
+        added = self.tokens[before:]
+        if self.params.logprobs is not None:
+            most = self.params.logprobs
+            self.logprobs += [Logprob(own, top[:most]) for own, top in logprobs[: len(added)]]
+        if self.constraint is not None and not self.finish_reason:
+            self.constraint.advance(added)
         if self.finish_reason and self.text is not None:
             self.text.finish()
         self.stats.generation_tokens = len(self.tokens)
-        return self.tokens[before:]
+        return added
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
+        """End the request from outside: "cancelled", or "error" with what went wrong."""
+        self.finish_reason, self.error = reason, error
 
     def record_round(self, drafted: int, accepted: int) -> None:
         """Count one verify pass of which `accepted` drafts were emitted."""

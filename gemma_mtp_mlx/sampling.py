@@ -5,12 +5,18 @@ depth, so a draw does not depend on who else is in the batch or on how many toke
 Greedy rows add no noise. Filters are mlx_lm's: they look at the distribution before temperature.
 """
 
+import hashlib
+import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens [n], logits [1, V] -> [1, V]
+MOST_TOP_LOGPROBS = 20
+MOST_TOP_K = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,16 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: 0 .. 2^32 - 1
     or None for a fresh one. stop: texts that end the output and are not part of it.
+    num_draft_tokens: most drafts per round for this request, None for no limit of its own.
+    repetition_penalty: 1 is off; presence_penalty, frequency_penalty: 0 is off; each looks at its
+    context_size last tokens, the prompt's included, as mlx_lm's. logit_bias: added to the logits
+    of those token ids. logprobs: None is off, n reports each token's log-probability and the n
+    best alternatives. thinking: whether a chat template asks the model to think first, None if
+    its tokenizer has tokens for that, as mlx_lm; thinking_budget: most tokens of thinking before
+    its end is forced.
+    json_schema (a mapping, {} for any object), regex, grammar (Lark or GBNF): what the text must
+    match; at most one. logits_processors: called with (tokens so far, logits [1, V]), in order,
+    after penalties and bias; they must be pure functions of their arguments.
     Raises: ValueError for a value out of range, naming it.
     """
 
@@ -29,22 +45,72 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    num_draft_tokens: int | None = None
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    presence_context_size: int = 20
+    frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    thinking: bool | None = None
+    thinking_budget: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name in ("temperature", "presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must be between 0 (off) and 1")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)"
+            )
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError("stop must be a tuple of texts, none of them empty")
+        if self.logprobs is not None and self.logprobs > MOST_TOP_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be at most {MOST_TOP_LOGPROBS}")
+        if sum(rule is not None for rule in (self.json_schema, self.regex, self.grammar)) > 1:
+            raise ValueError("give one of json_schema, regex and grammar, not several")
+
+    def choices(self, count: int) -> "list[SamplingParams]":
+        """Return settings for `count` answers to one prompt; their seeds derive from this one's."""
+        seed = fresh_seed() if self.seed is None else self.seed
+        return [replace(self, seed=derived_seed(seed, choice)) for choice in range(count)]
+
+
+_LEAST = {
+    "max_tokens": 1,
+    "temperature": 0,
+    "top_k": 0,
+    "num_draft_tokens": 0,
+    "repetition_context_size": 1,
+    "presence_context_size": 1,
+    "frequency_context_size": 1,
+    "logprobs": 0,
+    "thinking_budget": 0,
+}
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """Return the seed of a request's answer number `choice`; the first one's is the request's."""
+    if choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 def fresh_seed() -> int:
@@ -69,7 +135,7 @@ def batch_sampling(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Sa
     sampled = [p for p in params if p.temperature > 0]
     return Sampling(
         temperature=mx.array([p.temperature for p in params], mx.float32),
-        top_k=mx.array([p.top_k for p in params], mx.int32),
+        top_k=mx.array([min(p.top_k, MOST_TOP_K) for p in params], mx.int32),
         top_p=mx.array([p.top_p for p in params], mx.float32),
         min_p=mx.array([p.min_p for p in params], mx.float32),
         seed=mx.array(list(seeds), mx.uint32),

@@ -6,6 +6,7 @@ plan is made from the files' headers, before a weight is read; then tensors are 
 A module is quantised where the checkpoint has `.scales` for it, as mlx_lm does.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gemma_mtp_mlx.checkpoint import Stored, read_config, stored_tensors
+from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.tensor_names import Names, Piece
 
 _STRIP = 1 << 24  # elements whose finiteness is tested at a time; bounds the temporaries
@@ -208,3 +210,13 @@ def _check_values(stored: str, value: mx.array) -> None:
     is_ordering = mx.issubdtype(value.dtype, mx.signedinteger)
     if is_ordering and not mx.array_equal(mx.sort(value), mx.arange(value.size)).item():
         raise ValueError(f"tensor {stored} is not an ordering of the {value.size} token ids")
+
+
+def fingerprint(model: nn.Module, config: ModelConfig) -> str:
+    """Tell models apart: by their configuration and a few values of every weight."""
+    digest = hashlib.sha256(repr(config).encode())
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, weight in weights.items():
+        first = weight.reshape(-1)[:8].astype(mx.float32)
+        digest.update(f"{name} {weight.dtype} {weight.shape} {first.tolist()}".encode())
+    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Fixtures: the tiny checkpoints of every family, loaded once."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,11 @@ from gemma_mtp_mlx import Pair, load
 from tests.checkpoints import write_pair
 
 LoadPair = Callable[..., Pair]
+
+
+def heed_ctrl_c() -> None:
+    """Let a child process heed SIGINT even where the tests run in a background that ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mtp_mlx.attention import KV
-from gemma_mtp_mlx.cache import Cache
+from gemma_mtp_mlx.cache import Cache, Seat, seat_size
 from gemma_mtp_mlx.drafter import Candidates, Drafter, Draw, Embed
 from gemma_mtp_mlx.readers import PromptReader, SharedKV, VerifyReader
 from gemma_mtp_mlx.target import Target
 
 Array = np.ndarray
+SEAT = Seat(start=0, size=0, slot=0)  # of the only row; its size is nobody's concern here
 
 
 class Shared(NamedTuple):
@@ -33,7 +34,7 @@ def relative(got: Array, want: Array) -> float:
 
 def verify(target: Target, ids: list[int], block: int) -> tuple[Array, Array]:
     """Run a prompt as verify passes of `block` tokens. Returns hidden [T, E] and logits [T, V]."""
-    cache = Cache(target.config, [len(ids)], target.dtype)
+    cache = _cache(target, len(ids))
     hidden = []
     for start in range(0, len(ids), block):
         hidden.append(_verify_block(target, cache, ids[start : start + block], start))
@@ -41,8 +42,12 @@ def verify(target: Target, ids: list[int], block: int) -> tuple[Array, Array]:
     return np.array(states), np.array(target.logits(states))
 
 
+def _cache(target: Target, length: int) -> Cache:
+    return Cache(target.config, 1, seat_size(length), target.dtype)
+
+
 def _verify_block(target: Target, cache: Cache, tokens: list[int], start: int) -> mx.array:
-    rows = cache.rows([0], mx.array([start]), [start])
+    rows = cache.rows([SEAT], mx.array([start]), [start])
     reader = VerifyReader(cache, rows, len(tokens))
     hidden = target.verify(mx.array([tokens]), reader)[0]
     mx.eval(hidden, list(reader.blocks.values()))
@@ -52,13 +57,13 @@ def _verify_block(target: Target, cache: Cache, tokens: list[int], start: int) -
 
 def prefill(target: Target, ids: list[int], chunk: int) -> tuple[Array, Array, Cache]:
     """Prefill in chunks. Returns the last position's hidden [E] and logits [V], and the cache."""
-    cache = Cache(target.config, [len(ids)], target.dtype)
+    cache = _cache(target, len(ids))
     for start in range(0, len(ids), chunk):
         tokens = ids[start : start + chunk]
-        reader = PromptReader(cache, 0, start, len(tokens))
+        reader = PromptReader(cache, SEAT, start, len(tokens))
         hidden = target.prefill(mx.array([tokens]), reader, last=start + chunk >= len(ids))
         mx.eval(hidden, list(reader.blocks.values()))
-        cache.commit_prompt(reader.blocks, 0, start)
+        cache.commit_prompt(reader.blocks, SEAT, start)
     assert hidden is not None
     return np.array(hidden[0]), np.array(target.logits(hidden)[0]), cache
 
@@ -67,7 +72,7 @@ def committed(cache: Cache, length: int) -> Shared:
     """Return what the drafter's layers would read, a sliding layer's last W + 1 positions only."""
     config = cache.config
     full, sliding = config.last_owner(sliding=False), config.last_owner(sliding=True)
-    segment = slice(cache.starts[0], cache.starts[0] + length)
+    segment = slice(length)
     first = max(0, length - config.sliding_window - 1)
     places = np.arange(first, length) % cache.ring
     kept = [np.array(stored)[:, segment] for stored in cache.storage[full.index]]
@@ -84,14 +89,14 @@ def draft(
     vocabulary, as transformers fills it, and the fed-back states [K, E].
     """
     config, length = target.config, shared.full_keys.shape[1]
-    cache = Cache(config, [length], target.dtype)
+    cache = _cache(target, length)
     given = {False: shared[:2], True: shared[2:]}
     blocks = {
         config.last_owner(sliding=kind).index: KV(*(mx.array(x)[None] for x in pair))
         for kind, pair in given.items()
     }
-    cache.commit_prompt(blocks, 0, 0)
-    reader = SharedKV(cache, cache.rows([0], mx.array([length]), [length]))
+    cache.commit_prompt(blocks, SEAT, 0)
+    reader = SharedKV(cache, cache.rows([SEAT], mx.array([length]), [length]))
     state = mx.array(hidden)[None]
     logits, states = [], []
     for token in tokens:

@@ -15,18 +15,24 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
+    {"options"},
     {"report"},
-    {"convert"},
+    {"batch"},
+    {"lines", "convert"},
     {"__init__"},
-    {"api"},
-    {"engine", "hub"},
-    {"round"},
+    {"api", "async_session"},
+    {"session", "hub"},
+    {"engine", "prompts"},
+    {"seating", "host"},
+    {"round", "prefix", "memory", "prompt_cache"},
     {"target", "drafter"},
-    {"layers", "acceptance", "weights"},
+    {"depth"},
+    {"layers", "acceptance", "weights", "costs"},
     {"readers"},
     {"cache"},
     {"attention", "request", "tensor_names"},
-    {"config", "sampling", "tokens", "checkpoint", "device"},
+    {"constraint", "penalties", "outcome"},
+    {"config", "sampling", "tokens", "checkpoint", "device", "segments"},
 ]
 # Where the names that the package itself offers are defined.
 HOMES = {"SamplingParams": "sampling", "Stats": "request", "__version__": None}
@@ -39,16 +45,25 @@ HOT_PATH = [
     "target",
     "drafter",
     "acceptance",
+    "penalties",
+    "outcome",
     "round",
+    "prefix",
+    "seating",
     "engine",
 ]
 WAITS = {"item", "tolist", "eval", "synchronize", "asarray", "save", "savez"}
 CONVERSIONS = {"bool", "int", "float", "memoryview"}
-# The one wait of a round, one per prompt chunk, and the reservation of the cache.
+# The one wait of a round, one per prompt chunk, the reservation of the cache and copies of prompts.
+# What is read, and digested, is on the host.
 ALLOWED = {
-    ("engine", "Engine.read", "tolist"),
-    ("engine", "Engine._prefill_row", "eval"),
+    ("engine", "Engine._read", "array"),
+    ("engine", "Engine._prefill_chunk", "eval"),
     ("cache", "Cache.__init__", "eval"),
+    ("cache", "Cache.copy_window", "eval"),
+    ("cache", "Cache.read_prompt", "eval"),
+    ("outcome", "unpack", "tolist"),
+    ("prefix", "digests", "array"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from gemma_mtp_mlx import load
+from gemma_mtp_mlx import hub, load
 from gemma_mtp_mlx.checkpoint import check_safetensors
 from gemma_mtp_mlx.cli import main
 from tests.checkpoints import write_assistant, write_checkpoint
@@ -22,6 +22,12 @@ GENERATE = ["generate", "--prompt", "x", "--max-tokens", "2"]
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def builtin() -> str:
+    """Return the folder of the built-in pair, whose vocabulary has an end of text."""
+    return str(hub.builtin())
 
 
 @pytest.fixture
@@ -174,8 +180,21 @@ def test_a_repository_without_a_network(capsys: Capture, monkeypatch: pytest.Mon
     "options, words",
     [
         (["--num-draft-tokens", "-1"], ["--num-draft-tokens", "0"]),
-        (["--num-draft-tokens", "16"], ["--num-draft-tokens", "15"]),
-        (["--num-draft-tokens", "four"], ["--num-draft-tokens", "integer"]),
+        (["--num-draft-tokens", "16"], ["--num-draft-tokens is 16", "15"]),
+        (["--num-draft-tokens", "four"], ["--num-draft-tokens is four", "auto"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty is 0"]),
+        (["--presence-penalty", "inf"], ["presence_penalty is inf"]),
+        (["--frequency-penalty", "nan"], ["frequency_penalty is nan"]),
+        (["--penalty-context-size", "0"], ["context_size is 0", "at least 1"]),
+        (["--logprobs", "2"], ["--logprobs", "--json"]),
+        (["--logprobs", "21", "--json"], ["logprobs is 21", "at most 20"]),
+        (["--thinking"], ["thinking", "turn it off"]),
+        (["--thinking-budget", "-1"], ["thinking_budget is -1"]),
+        (["--json-schema", "{"], ["--json-schema", "JSON"]),
+        (["--json-schema", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (["--grammar", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (["--regex", "a", "--grammar", "start: x"], ["one of", "regex"]),
+        (["--prompt-cache-file", "/no/such/file"], ["/no/such/file", "prompt cache"]),
         (["--top-p", "1.5"], ["top_p is 1.5", "at most 1"]),
         (["--top-p", "0"], ["top_p is 0", "above 0"]),
         (["--top-p", "nan"], ["top_p is nan"]),
@@ -205,12 +224,99 @@ def test_a_wrong_option(sound: Path, capsys: Capture, options: list[str], words:
         ([], ["Missing command", "--help"]),
         (["write"], ["write", "--help"]),
         (["generate"], ["no prompt", "--prompt TEXT", "--prompt-file"]),
+        (["batch"], ["--prompts-file", "--help"]),
+        (["batch", "--prompts-file", "x"], ["--output", "--help"]),
+        (["cache-prompt"], ["--prompt-cache-file", "--help"]),
+        (["cache-prompt", "--prompt-cache-file", "x"], ["no prompt", "--prompt TEXT"]),
         (["convert"], ["--hf-path", "--help"]),
         (["convert", "--hf-path", "x"], ["--mlx-path", "--help"]),
     ],
 )
 def test_a_wrong_command(capsys: Capture, argv: list[str], words: list[str]) -> None:
     _refused(capsys, argv, *words)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--regex", "(?=a)"], ["regex", "look-around"]),
+        (["--regex", "("], ["regex"]),
+        (["--grammar", "start: nothing"], ["grammar", "nothing"]),
+        (["--json-schema", '{"type": "wizard"}'], ["json_schema", "wizard"]),
+    ],
+)
+def test_rules_that_do_not_compile(
+    capsys: Capture, builtin: str, options: list[str], words: list[str]
+) -> None:
+    _refused(capsys, [*GENERATE, "--model", builtin, *options], *words)
+
+
+@pytest.mark.parametrize(
+    "line, options, words",
+    [
+        ("", [], ["prompts", "no requests", '{"prompt": "Hello"}']),
+        ('{"prompt": "x", "top": 1}', [], ["prompts, line 1", "'top'", "top_p"]),
+        ('{"prompt": ""}', [], ["prompts, line 1", "prompt is empty"]),
+        ('{"tokens": [5000]}', [], ["prompts, line 1", "token id 5000"]),
+        ('{"prompt": "x", "logit_bias": {"5000": 1}}', [], ["prompts, line 1", "token 5000"]),
+        ('{"prompt": "x", "num_draft_tokens": 16}', [], ["prompts, line 1", "at most 15"]),
+        ('{"prompt": "x", "thinking_budget": 5}', [], ["prompts, line 1", "thinking"]),
+        ('{"prompt": "x", "thinking": true}', [], ["prompts, line 1", "thinking"]),
+        ('{"messages": [{"role": "wizard"}]}', [], ["prompts, line 1", "wizard"]),
+        ('{"prompt": "x", "regex": "("}', [], ["prompts, line 1", "regex"]),
+        ('{"prompt": "x"}\n{"prompt": "y", "regex": "("}', [], ["prompts, line 2", "regex"]),
+        ('{"prompt": "x"}\nx', [], ["prompts, line 2", "not JSON"]),
+        ('{"prompt": "x"}', ["--batch-size", "0"], ["--batch-size", "equal to 1"]),
+        ('{"prompt": "x"}', ["--kv-budget", "0"], ["--kv-budget is 0", "above 0"]),
+        ('{"prompt": "x"}', ["--kv-budget", "0.000001"], ["0.00 GB", "raise it"]),
+        ('{"prompt": "x"}', ["--kv-budget", "1e9"], ["lower the budget"]),
+        ('{"prompt": "x"}', ["--max-tokens", "0"], ["prompts, line 1", "max_tokens is 0"]),
+        ('{"prompt": "x"}', ["--num-draft-tokens", "-1"], ["--num-draft-tokens is -1"]),
+        ('{"prompt": "x"}', ["--output", "/no/such/folder/out"], ["/no/such/folder", "make it"]),
+        ('{"prompt": "x"}', ["--output", "/dev/null"], ["/dev/null", "not a file"]),
+        ('{"prompt": "x"}', ["--prompts-file", "/no/such/file"], ["/no/such/file", "No such file"]),
+    ],
+)
+def test_a_wrong_batch(
+    tmp_path: Path, capsys: Capture, builtin: str, line: str, options: list[str], words: list[str]
+) -> None:
+    (tmp_path / "prompts").write_text(line + "\n")
+    files = ["--prompts-file", str(tmp_path / "prompts"), "--output", str(tmp_path / "out")]
+    _refused(capsys, ["batch", "--model", builtin, *files, *options], *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+
+
+def test_a_request_that_can_never_fit(tmp_path: Path, capsys: Capture, builtin: str) -> None:
+    requests = ['{"prompt": "x"}', '{"prompt": "x", "max_tokens": 4000}']
+    (tmp_path / "prompts").write_text("\n".join(requests) + "\n")
+    files = ["--prompts-file", str(tmp_path / "prompts"), "--output", str(tmp_path / "out")]
+    argv = ["batch", "--model", builtin, *files, "--kv-budget", "0.003"]
+    _refused(capsys, argv, "prompts, line 2", "cache positions", "budget")
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+
+
+def test_the_prompts_are_not_the_output(tmp_path: Path, capsys: Capture, builtin: str) -> None:
+    file = tmp_path / "prompts"
+    file.write_text('{"prompt": "x"}')
+    argv = ["batch", "--model", builtin, "--prompts-file", str(file), "--output", str(file)]
+    _refused(capsys, argv, str(file), "choose another --output")
+    assert file.read_text() == '{"prompt": "x"}'
+
+
+def test_a_prompt_too_short_to_be_cached(sound: Path, tmp_path: Path, capsys: Capture) -> None:
+    files = ["--prompt", "x", "--prompt-cache-file", str(tmp_path / "cache")]
+    _refused(capsys, ["cache-prompt", "--model", str(sound), *files], "512")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_cache_of_another_model(
+    sound: Path, tmp_path: Path, capsys: Capture, builtin: str
+) -> None:
+    cache = ["--prompt", "x" * 600, "--prompt-cache-file", str(tmp_path / "cache")]
+    assert main(["cache-prompt", "--model", str(sound), *cache]) == 0
+    capsys.readouterr()
+    argv = ["generate", "--model", builtin, "--prompt", "x\n" * 600, *cache[2:]]
+    _refused(capsys, argv, str(tmp_path / "cache"), "another model", "make it again")
 
 
 def test_a_prompt_file_that_is_not_text(sound: Path, tmp_path: Path, capsys: Capture) -> None:

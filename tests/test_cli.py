@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,15 +14,27 @@ import pytest
 
 from gemma_mtp_mlx import Pair, SamplingParams, hub, load
 from gemma_mtp_mlx.cli import main
+from gemma_mtp_mlx.prompts import Prompt, Prompts
+from gemma_mtp_mlx.request import Request
+from tests.conftest import heed_ctrl_c
 from tests.text_model import write_text_model
 
 PROMPT = "def f(x):"
 TOKENS = 12
 JSON_NAMES = [
-    *("text", "tokens", "finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens"),
-    *("generation_tps", "peak_memory", "seed", "draft_rounds", "draft_n", "draft_n_accepted"),
+    *("text", "tokens", "finish_reason", "prompt_tokens", "cached_tokens", "prompt_tps"),
+    *(
+        "generation_tokens",
+        "generation_tps",
+        "peak_memory",
+        "seed",
+        "draft_rounds",
+        "draft_n",
+        "draft_n_accepted",
+    ),
     *("accepted_per_position", "acceptance_rate", "mean_accept_len"),
 ]
+FOUR = ["--num-draft-tokens", "4"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -70,7 +83,7 @@ def test_several_prompts_run_as_one_batch(folder: Path, pair: Pair, capsys: Capt
 def test_json_is_one_object_per_prompt_and_nothing_else(
     folder: Path, pair: Pair, capsys: Capture
 ) -> None:
-    found = _objects(folder, capsys, "--prompt", PROMPT, "-p", "import os", "--seed", "3")
+    found = _objects(folder, capsys, "--prompt", PROMPT, "-p", "import os", "--seed", "3", *FOUR)
     results = pair.generate_batch([PROMPT, "import os"], SamplingParams(TOKENS, seed=3))
     for shown, result in zip(found, results, strict=True):
         assert list(shown) == JSON_NAMES
@@ -78,7 +91,7 @@ def test_json_is_one_object_per_prompt_and_nothing_else(
         assert (shown["finish_reason"], shown["seed"]) == ("length", 3)
         assert shown["prompt_tokens"] == result.stats.prompt_tokens
         assert shown["generation_tokens"] == TOKENS
-        assert shown["draft_n"] == 4 * shown["draft_rounds"]
+        assert shown["draft_rounds"] < shown["draft_n"] <= 4 * shown["draft_rounds"]
         assert shown["draft_n_accepted"] == sum(shown["accepted_per_position"])
         assert shown["mean_accept_len"] == (TOKENS - 1) / shown["draft_rounds"]
         assert 0 < shown["peak_memory"] < 100
@@ -92,7 +105,7 @@ def test_without_drafts_the_text_is_the_same(
     (drafted,) = _objects(folder, capsys, "--prompt", PROMPT, "--num-draft-tokens", "7")
     assert plain["tokens"] == drafted["tokens"]
     assert (plain["draft_n"], plain["draft_rounds"]) == (0, TOKENS - 1)
-    assert drafted["draft_n"] == 7 * drafted["draft_rounds"]
+    assert len(drafted["accepted_per_position"]) == 7
 
 
 def test_draft_model_names_a_folder(folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -112,6 +125,129 @@ def test_sampling_options_reach_the_sampler(folder: Path, pair: Pair, capsys: Ca
     params = SamplingParams(TOKENS, 1.5, top_k=20, top_p=0.9, min_p=0.05, seed=5)
     assert found["tokens"] == pair.generate(PROMPT, params).tokens
     assert found["tokens"] != pair.generate(PROMPT, SamplingParams(TOKENS)).tokens
+
+
+def test_penalties_reach_the_sampler(folder: Path, pair: Pair, capsys: Capture) -> None:
+    names = ("repetition", "presence", "frequency")
+    values = {f"{name}_penalty": value for name, value in zip(names, (1.5, 0.5, 0.25), strict=True)}
+    sizes = {f"{name}_context_size": 7 for name in names}
+    for given in (values, *({name: value} for name, value in values.items())):
+        options = [word for n, v in given.items() for word in (f"--{n.replace('_', '-')}", str(v))]
+        options += ["--penalty-context-size", "7"]
+        (found,) = _objects(folder, capsys, "--prompt", PROMPT, *options)
+        expected = pair.generate(PROMPT, SamplingParams(TOKENS, **given, **sizes)).tokens
+        assert found["tokens"] == expected != pair.generate(PROMPT, SamplingParams(TOKENS)).tokens
+
+
+def test_logprobs_are_in_the_json(folder: Path, pair: Pair, capsys: Capture) -> None:
+    (found,) = _objects(folder, capsys, "--prompt", PROMPT, "--logprobs", "3")
+    expected = pair.generate(PROMPT, SamplingParams(TOKENS, logprobs=3))
+    assert [entry["token"] for entry in found["logprobs"]] == expected.tokens
+    for entry, (own, top) in zip(found["logprobs"], expected.logprobs, strict=True):
+        assert entry["logprob"] == pytest.approx(own, abs=1e-4)
+        assert [token for token, _ in entry["top"]] == [token for token, _ in top]
+        assert entry["top"][0][0] == entry["token"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+GRAMMAR = 'start: "yes" | "no"\n'
+
+
+@pytest.mark.parametrize(
+    "option, given, pattern",
+    [
+        (
+            "--json-schema",
+            json.dumps({**SCHEMA, "additionalProperties": False}),
+            r'\{\s*"a"\s*:.*\}',
+        ),
+        ("--regex", "[0-9]{3}-[a-c]{1,3};", r"[0-9]{3}-[a-c]{1,3};"),
+        ("--grammar", GRAMMAR, "yes|no"),
+        ("--grammar", 'root ::= "yes" | "no"', "yes|no"),
+    ],
+)
+def test_what_the_text_must_match(
+    tmp_path: Path, capsys: Capture, option: str, given: str, pattern: str
+) -> None:
+    (tmp_path / "rules").write_text(given)
+    shown = []
+    for value in [given, str(tmp_path / "rules")][: 1 if option == "--regex" else 2]:
+        options = ["--prompt", "a", option, value, "--max-tokens", "40", "--temp", "1"]
+        assert main(["generate", *options, "--seed", "1"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    assert re.fullmatch(pattern, shown[0].strip(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "options, thinking", [([], None), (["--thinking"], True), (["--no-thinking"], False)]
+)
+def test_thinking_is_asked_of_the_template(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], thinking: bool | None
+) -> None:
+    encode, seen = Prompts.encode, []
+
+    def record(self: Prompts, prompt: Prompt, **how: object) -> list[int]:
+        seen.append(how.get("thinking"))
+        return encode(self, prompt)
+
+    monkeypatch.setattr(Prompts, "encode", record)
+    assert _generate(folder, "--prompt", PROMPT, *options) == 0
+    assert seen == [thinking, thinking]  # of the text, and of the request made of its tokens
+
+
+@pytest.mark.parametrize("options", [[], ["--system-prompt", "Be brief."]])
+def test_a_prompt_cache_is_taken_over(
+    folder: Path, tmp_path: Path, capsys: Capture, options: list[str]
+) -> None:
+    text, cache = "def f(x): return x\n" * 40, str(tmp_path / "cache")
+    (tmp_path / "text").write_text(text)
+    files = ["--prompt-file", str(tmp_path / "text"), "--prompt-cache-file", cache]
+    assert main(["cache-prompt", "--model", str(folder), *files, *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"{cache}: 512 of 7" in shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text"]
+    prompts = ["--prompt", text + "def g(", "--prompt", text + "import os", *options]
+    plain = _objects(folder, capsys, *prompts)
+    reused = _objects(folder, capsys, *prompts, "--prompt-cache-file", cache)
+    assert [found["cached_tokens"] for found in reused] == [512, 512]
+    assert [found["tokens"] for found in reused] == [found["tokens"] for found in plain]
+    assert plain[0]["cached_tokens"] == 0
+    other = ["--prompt", "o" * 700, "--prompt-cache-file", cache]
+    assert _generate(folder, *other) == 0
+    assert f"{cache}: no prompt begins with what it holds" in capsys.readouterr().err
+
+
+def test_a_prompt_cache_ends_where_longer_prompts_differ(
+    folder: Path, pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    text, cache = "a" * 1020, str(tmp_path / "cache")
+    assert len(pair.encode(text)) > 1024 > len(pair.encode(text, template=False))
+    files = ["--prompt", text, "--prompt-cache-file", cache]
+    assert main(["cache-prompt", "--model", str(folder), *files]) == 0
+    head = pair.encode(text).index(pair.encode("a", template=False)[0])
+    assert f"{cache}: {(head + 1020) // 512 * 512} of 10" in capsys.readouterr().err
+    (found,) = _objects(folder, capsys, "--prompt", text + "b", "--prompt-cache-file", cache)
+    assert found["cached_tokens"] == (head + 1020) // 512 * 512
+
+
+def test_a_prompt_that_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    extend = Request.extend
+
+    def fail(self: Request, *args: object) -> list[int]:
+        if len(self.prompt) > 20 and len(self.tokens) > 3:
+            raise RuntimeError("out of luck")
+        return extend(self, *args)
+
+    monkeypatch.setattr(Request, "extend", fail)
+    assert _generate(folder, "--prompt", "a", "--prompt", "b" * 30, "--json") == 1
+    shown = capsys.readouterr()
+    whole, failed = map(json.loads, shown.out.splitlines())
+    assert (len(whole["tokens"]), failed) == (TOKENS, {"error": "out of luck"})
+    assert shown.err.endswith("mlx-gemma-mtp: error: prompt 2 failed: out of luck\n")
 
 
 def test_a_fresh_seed_is_reported_and_repeats_the_text(folder: Path, capsys: Capture) -> None:
@@ -165,7 +301,7 @@ def test_standard_input_is_a_prompt_file(folder: Path, pair: Pair) -> None:
 def test_verbose_says_more(folder: Path, capsys: Capture) -> None:
     assert _generate(folder, "--prompt", PROMPT, "--verbose", "--seed", "9") == 0
     shown = capsys.readouterr().err
-    for words in ("Target: 8 layers", "Drafter: 4 layers", "Prompt 1: ", "seed 9"):
+    for words in ("Target: 8 layers", "Drafter: 4 layers", "Prompt 1: ", "seed 9", "Depth: "):
         assert words in shown
 
 
@@ -225,6 +361,7 @@ def _started(folder: Path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     ) as run:
         try:
             assert run.stdout is not None

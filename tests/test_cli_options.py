@@ -3,14 +3,16 @@
 import typer
 from typer.main import get_command
 
-from gemma_mtp_mlx.cli import app
+from gemma_mtp_mlx.api import MAX_BATCH
+from gemma_mtp_mlx.cli import ROWS, app
+from gemma_mtp_mlx.options import MOST_DRAFTS
 from gemma_mtp_mlx.round import MAX_DRAFTS
 
 COMMANDS = {
     "generate": {
         "--model": None,
         "--draft-model": None,
-        "--num-draft-tokens": 4,
+        "--num-draft-tokens": "auto",
         "--prompt -p": None,
         "--prompt-file": None,
         "--max-tokens -m": 256,
@@ -19,11 +21,41 @@ COMMANDS = {
         "--top-k": 0,
         "--min-p": 0.0,
         "--seed": None,
+        "--repetition-penalty": 1.0,
+        "--presence-penalty": 0.0,
+        "--frequency-penalty": 0.0,
+        "--penalty-context-size": 20,
         "--system-prompt": None,
         "--ignore-chat-template": False,
+        "--thinking": None,
+        "--thinking-budget": None,
         "--stop": None,
+        "--json-schema": None,
+        "--regex": None,
+        "--grammar": None,
+        "--prompt-cache-file": None,
+        "--logprobs": None,
         "--json": False,
         "--verbose": False,
+    },
+    "batch": {
+        "--prompts-file": "required",
+        "--output": "required",
+        "--model": None,
+        "--draft-model": None,
+        "--num-draft-tokens": "auto",
+        "--batch-size": 8,
+        "--kv-budget": None,
+        "--max-tokens -m": 256,
+    },
+    "cache-prompt": {
+        "--prompt-cache-file": "required",
+        "--model": None,
+        "--prompt -p": None,
+        "--prompt-file": None,
+        "--system-prompt": None,
+        "--ignore-chat-template": False,
+        "--thinking": None,
     },
     "convert": {
         "--hf-path": "required",
@@ -35,7 +67,7 @@ COMMANDS = {
         "--dtype": None,
     },
 }
-MOST_OPTIONS = 17
+MOST_OPTIONS = 28
 
 
 def _commands() -> dict[str, object]:
@@ -67,9 +99,8 @@ def test_every_option_has_help() -> None:
         assert all(param.help for param in command.params)
 
 
-def test_draft_tokens_are_bounded_as_the_runtime_bounds_them() -> None:
-    (param,) = (p for p in _commands()["generate"].params if p.name == "num_draft_tokens")
-    assert (param.min, param.max) == (0, MAX_DRAFTS)
+def test_bounds_are_the_runtime_s() -> None:
+    assert (MOST_DRAFTS, ROWS) == (MAX_DRAFTS, MAX_BATCH)
 
 
 def test_rich_output_is_off() -> None:

@@ -60,7 +60,7 @@ class Golden(NamedTuple):
 def _load(target: Path, assistant: Path) -> Pair:
     """Load a pair that never stops at an end of sequence, as the goldens did not."""
     pair = load(target, drafter=assistant)
-    pair.eos = frozenset()
+    pair.prompts.eos = frozenset()
     return pair
 
 
@@ -187,6 +187,6 @@ def test_every_layout_gives_the_same_model(
     ids = [int(token) for token in arrays["40/prompt"]]
     _, logits = passes.verify(pair.target, ids, 16)
     assert passes.relative(logits[arrays["40/positions"]], arrays["40/logits"]) < TOLERANCE
-    pair.eos = frozenset()
+    pair.prompts.eos = frozenset()
     result = pair.generate(ids, SamplingParams(max_tokens=8))
     assert result.tokens == arrays["40/greedy"][:8].tolist()

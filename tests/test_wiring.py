@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from gemma_mtp_mlx import SamplingParams
-from gemma_mtp_mlx.cache import Cache
+from gemma_mtp_mlx.cache import Cache, Seat
 from gemma_mtp_mlx.drafter import Draw, Embed
 from gemma_mtp_mlx.readers import SharedKV
-from gemma_mtp_mlx.round import DecodeState, Models, build_round
-from gemma_mtp_mlx.sampling import batch_sampling
+from gemma_mtp_mlx.round import DecodeState, Models, build_round, settings_of
 from tests.checkpoints import FAMILIES
 from tests.conftest import LoadPair
 from tests.doubles import ScriptedDrafter, run
@@ -60,18 +59,21 @@ def test_one_wait_per_round(tiny_pair: LoadPair) -> None:
 def test_rounds_copy_no_cache(tiny_pair: LoadPair, k: int) -> None:
     """200 rounds over a long cache take less extra memory than one layer's keys."""
     pair, length = tiny_pair("e4b"), 8_000
-    cache = Cache(pair.target.config, [length + 4000], mx.float32)
+    cache = Cache(pair.target.config, 1, length + 4000, mx.float32)
+    seat = Seat(start=0, size=length + 4000, slot=0)
     layer = pair.target.config.last_owner(sliding=False).index
-    state = DecodeState(mx.array([7]), mx.zeros((1, 128)), mx.array([length]))
-    sampling = batch_sampling([SamplingParams()], [0])
+    state = DecodeState(
+        mx.array([7]), mx.zeros((1, 128)), mx.array([length]), mx.zeros((1, 0), mx.int32)
+    )
+    settings = settings_of([SamplingParams()], [0], pair.target.config.vocab_size)
     models, known = Models(pair.target, pair.drafter), length
     mx.reset_peak_memory()
     baseline = mx.get_active_memory()
     for _ in range(200):
-        rows = cache.rows([0], state.lengths, [known])
-        done = build_round(models, cache, rows, state, sampling, k)
+        rows = cache.rows([seat], state.lengths, [known])
+        done = build_round(models, cache, rows, state, settings, k)
         mx.eval(done.report, *done.state)
-        known += int(np.array(done.report)[0, -1]) + 1
+        known += int(np.array(done.report)[0, k + 1]) + 1
         cache.commit(done.blocks, done.rows)
         state = done.state
         del done, rows

@@ -85,7 +85,7 @@ def test_folder_means_the_same_to_both(wanted, family, layout, config_layout, tm
     theirs = oracle.prefill(oracle.load(target), want.ids)
     assert torch.equal(theirs.logits, want.prefill.logits)
     ours = load(target, drafter=assistant)
-    ours.eos = frozenset()
+    ours.prompts.eos = frozenset()
     hidden, logits = passes.verify(ours.target, want.ids, 5)
     assert passes.relative(hidden, theirs.hidden.numpy()) < TOLERANCE
     assert passes.relative(logits, theirs.logits.numpy()) < TOLERANCE
