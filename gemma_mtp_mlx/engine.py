@@ -74,7 +74,7 @@ class Engine:
         self.cache = Cache(target.config, spent.slots, spent.positions, target.dtype)
         self.seating = Seating(self.cache, spent, limits.chunk)
         self.queue: deque[Request] = deque()
-        self.prefilling: list[Row] = []
+        self.prefilling: Row | None = None  # whose prompt is being taken
         self.running: list[Row] = []
         self.syncs = 0  # how often the host waited for the device to read tokens
         self._current: Round | None = None
@@ -87,7 +87,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
-        return any((self.queue, self.prefilling, self.running, self._ended))
+        return any((self.queue, self.prefilling is not None, self.running, self._ended))
 
     def submit(self, request: Request) -> Request:
         """Put a request into the queue. Returns it: it is its own handle.
@@ -114,9 +114,8 @@ class Engine:
         if self._current is not None:
             events += self._finish_round(began)
         events += self._leave()
-        self._admit()
-        if self.prefilling:
-            self._ahead = None  # it would hold the cache while prompts are written
+        began = time.perf_counter()
+        if self.prefilling is not None or self.queue:
             events += self._prefill()
             events += self._leave()
             began = time.perf_counter()
@@ -146,7 +145,8 @@ class Engine:
         self._current, self._state = None, current.state
         length = current.block.shape[1]
         self.cache.commit(current.blocks, current.rows)
-        if not self.queue and not self.prefilling and not self._host_decides(MAX_BLOCK * 2):
+        others = self.prefilling is not None or (self.queue and self.seating.free_slots)
+        if not others and not self._host_decides(2 * MAX_BLOCK):
             self._ahead = self._build(length)
         report = self._read(current.report)
         seconds = self._spent_s + time.perf_counter() - began
@@ -196,49 +196,54 @@ class Engine:
 
     def _leave(self) -> list[Event]:
         """Let rows go whose request has ended. Returns the last events of those cut short."""
-        gone = [row for row in self.running + self.prefilling if row.request.finish_reason]
+        rows = self.running if self.prefilling is None else [*self.running, self.prefilling]
+        gone = [row for row in rows if row.request.finish_reason]
         alive = [i for i, row in enumerate(self.running) if row not in gone]
         if len(alive) < len(self.running):
             self._ahead = self._settings = None
             assert self._state is not None
             self._state = self._state.keep(alive) if alive else None
             self.running = [self.running[i] for i in alive]
-        self.prefilling = [row for row in self.prefilling if row not in gone]
+        if self.prefilling in gone:
+            self.prefilling = None
         for row in gone:
             self.seating.leave(row)
         requests = [row.request for row in gone]
         return [Event(r, [], [], r.finish_reason) for r in requests if r.finish_reason in CUT_SHORT]
 
-    def _admit(self) -> None:
-        """Seat queued requests in order, as long as there is room."""
-        while self.queue:
-            row = self.seating.seat(self.queue[0], self.running + self.prefilling)
-            if row is None:
-                return
-            self.queue.popleft()
-            row.request.admitted(time.perf_counter())
-            self.prefilling.append(row)
-
     def _prefill(self) -> list[Event]:
         """Run one chunk's worth of prompts, in order. Rows whose prompt is complete join."""
         room = self.chunk
-        hidden, joining = [], []
-        while self.prefilling:
-            row = self.prefilling[0]
+        hidden: list[mx.array] = []
+        joining: list[Row] = []
+        while (row := self.prefilling or self._seat_next(joining)) is not None:
             prompt, start = row.request.prompt, row.position
             end = min((start // self.chunk + 1) * self.chunk, len(prompt))
             if end - start > room:
                 break
             room -= end - start
+            self._ahead = None  # it would hold the cache while the prompt is written
             try:
                 last = self._prefill_chunk(row, prompt[start:end])
             except RuntimeError as error:  # memory, most of all
                 row.request.end("error", error)
                 break
             if last is not None:
-                joining.append(self.prefilling.pop(0))
                 hidden.append(last)
+                joining.append(row)
+                self.prefilling = None
         return self._join(joining, mx.concatenate(hidden)) if joining else []
+
+    def _seat_next(self, joining: Sequence[Row]) -> Row | None:
+        """Seat the first request of the queue, so that its prompt is next; None if it waits."""
+        if not self.queue:
+            return None
+        row = self.seating.seat(self.queue[0], [*self.running, *joining])
+        if row is not None:
+            self.queue.popleft()
+            row.request.admitted(time.perf_counter())
+            self.prefilling = row
+        return row
 
     def _prefill_chunk(self, row: Row, tokens: list[int]) -> mx.array | None:
         """Run a chunk and commit it. Returns the last position's hidden state [1, E] at the end."""

@@ -33,6 +33,7 @@ class Seating:
         self.chunk = chunk
         self.prefixes = PrefixCache(chunk, plan.window_bytes)
         self._slots = list(range(plan.slots))[::-1]
+        self._chain: tuple[Request | None, list[Digest]] = None, []  # of the request that waits
         self._segments = Segments(plan.positions)
 
     @property
@@ -55,7 +56,10 @@ class Seating:
         if not self._slots:
             return None
         size = seat_size(request.positions)
-        chain = digests(request.prompt, self.chunk) if self.prefixes.window_bytes else []
+        if self._chain[0] is not request:
+            keeps = self.prefixes.window_bytes > 0
+            self._chain = request, digests(request.prompt, self.chunk) if keeps else []
+        chain = self._chain[1]
         usable = chain[: (len(request.prompt) - 1) // self.chunk]
         hit = self.prefixes.find(usable, (row.segment for row in running))
         segment = self._take_over(hit, size) or self._take(size, hit)

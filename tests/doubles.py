@@ -14,6 +14,7 @@ from gemma_mtp_mlx.readers import SharedKV
 from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.round import Models, Round
 from gemma_mtp_mlx.sampling import SamplingParams
+from gemma_mtp_mlx.seating import Row
 
 NO_EOS: frozenset[int] = frozenset()
 
@@ -79,11 +80,11 @@ class ScriptedEngine(Engine):
     def __init__(self, models: Models, k: int, limits: Limits) -> None:
         super().__init__(models, FixedDepth(k), limits)
 
-    def _admit(self) -> None:
-        super()._admit()
-        if isinstance(self.models.drafter, Script):
-            for row in self.prefilling:
-                self.models.drafter.sit(row.seat.slot, row.request)
+    def _seat_next(self, joining: Sequence[Row]) -> Row | None:
+        row = super()._seat_next(joining)
+        if row is not None and isinstance(self.models.drafter, Script):
+            self.models.drafter.sit(row.seat.slot, row.request)
+        return row
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind: all memory is free or kept for later prompts."""

@@ -66,7 +66,7 @@ def test_a_long_prompt_stalls_others_for_one_chunk_at_most(pair: Pair) -> None:
     long = engine.submit(request_of([9] * 10 * CHUNK))
     for done in range(1, 10):
         assert [event.request for event in engine.step()] == [running]
-        assert engine.prefilling[0].position == done * CHUNK
+        assert engine.prefilling.position == done * CHUNK
     assert {event.request for event in engine.step()} == {running, long}
 
 
@@ -206,6 +206,19 @@ def test_one_wait_per_round(pair: Pair, k: int, rows: int) -> None:
     engine.run()
     rounds = max(request.stats.draft_rounds for request in requests)
     assert engine.syncs == rounds + 1  # and one for the first tokens, all in one step
+
+
+def test_the_next_round_is_built_ahead_though_others_wait(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(pair, max_batch=1)
+    for prompt in PROMPTS[:2]:
+        engine.submit(request_of(prompt, 10))
+    build, ahead = engine._build, []
+    monkeypatch.setattr(engine, "_build", lambda n: ahead.append(n) or build(n))
+    for _ in range(8):
+        engine.step()
+    assert engine.queue and ahead == [0] + [1] * 7
 
 
 def same(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -70,6 +70,17 @@ def test_only_what_follows_the_common_chunks_is_computed(
     assert request.tokens == alone(pair, prompt)
 
 
+def test_equal_prompts_that_come_together_are_computed_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = counting(pair, monkeypatch)
+    prompt = [*BEGINNING[: 2 * CHUNK], 7]
+    requests = [engine.submit(request_of(prompt)) for _ in range(4)]
+    engine.run()
+    assert engine.computed == len(prompt) + 3
+    assert {tuple(request.tokens) for request in requests} == {tuple(alone(pair, prompt))}
+
+
 def test_the_last_token_of_a_prompt_is_always_computed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
