@@ -92,15 +92,21 @@ class Cache:
         """Write whole blocks ([B, G, L, D] per owning layer) behind each row's committed length."""
         length = next(iter(blocks.values())).keys.shape[2]
         positions = rows.lengths[:, None] + mx.arange(length)
-        place = {
-            False: (rows.starts[:, None] + positions).reshape(-1),
-            True: (rows.slots[:, None] * self.ring + positions % self.ring).reshape(-1),
+        places = {
+            False: (rows.starts[:, None] + positions).reshape(1, -1, 1),
+            True: (rows.slots[:, None] * self.ring + positions % self.ring).reshape(1, -1, 1),
         }
+
+        def written(stored: mx.array, fresh: mx.array, where: mx.array) -> mx.array:
+            entries = fresh.swapaxes(0, 1).reshape(len(stored), -1, stored.shape[2])
+            return mx.put_along_axis(stored, where, entries, axis=1)
+
         for index, block in blocks.items():
-            where = place[self.config.layers[index].sliding]
-            for stored, fresh in zip(self.storage[index], block, strict=True):
-                g, d = stored.shape[0], stored.shape[2]
-                stored[:, where] = fresh.swapaxes(0, 1).reshape(g, -1, d)
+            where = places[self.config.layers[index].sliding]
+            stored = self.storage[index]
+            self.storage[index] = KV(
+                written(stored.keys, block.keys, where), written(stored.values, block.values, where)
+            )
 
     def commit_prompt(self, blocks: dict[int, KV], seat: Seat, start: int) -> None:
         """Write a prompt chunk ([1, G, T, D] per owning layer) from position start on."""

@@ -125,6 +125,23 @@ def test_a_running_row_is_copied_from_and_a_finished_one_taken_over(
     engine.check_idle()
 
 
+def test_a_longer_prompt_is_kept_when_a_part_of_it_is_wanted(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = counting(pair, monkeypatch)
+    engine.submit(request_of(BEGINNING, 2))
+    engine.run()
+    for prompt, cached in (
+        ([*BEGINNING[:CHUNK], 7, 8], CHUNK),
+        ([*BEGINNING, 9], len(BEGINNING)),
+    ):
+        request = engine.submit(request_of(prompt, 3))
+        engine.run()
+        assert request.stats.cached_tokens == cached
+        assert request.tokens == alone(pair, prompt, max_tokens=3)
+        engine.check_idle()
+
+
 def test_kept_prompts_make_room_for_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     size = seat_size(3 * CHUNK + 1 + 4)
     engine = counting(pair, monkeypatch, positions=2 * size)
