@@ -33,7 +33,7 @@ FIGURES = ("ttft_p50_s", "ttft_p95_s", "gap_p50_s", "gap_p95_s", "tokens_per_s")
 def main() -> None:
     """Run all contenders in turn, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(hub.builtin()))
+    parser.add_argument("--model", default=None, help="a folder; default: the built-in pair")
     parser.add_argument("--rate", type=float, default=1.0, help="arrivals per second")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
@@ -42,8 +42,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="writes OUT.json")
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    model = Path(args.model or hub.builtin())
     if args.worker is not None:
-        print(json.dumps(worker(args)))
+        print(json.dumps(worker(args.worker, model, args)))
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.runs}
     for repeat in range(args.repeats):
@@ -74,19 +75,22 @@ def show(runs: list[dict[str, float]]) -> str:
     return "  ".join(parts)
 
 
-def worker(args: argparse.Namespace) -> dict[str, float]:
+def worker(name: str, model: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run one contender once."""
-    load_ = Load(args)
-    stamps = ours(args, load_) if args.worker.startswith("ours") else mlx_lm(args, load_)
-    return figures(stamps, load_)
+    arrivals = Load(model, args)
+    if name.startswith("ours"):
+        stamps = ours(name, model, arrivals, args.batch)
+    else:
+        stamps = mlx_lm(model, arrivals, args.batch)
+    return figures(stamps, arrivals)
 
 
 class Load:
     """The arrivals: when each comes, its prompt and how many tokens it wants."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, model: Path, args: argparse.Namespace) -> None:
         random = np.random.RandomState(7)
-        prompts = [ids for kind in CATEGORIES for ids in encode_prompts(Path(args.model), kind)]
+        prompts = [ids for kind in CATEGORIES for ids in encode_prompts(model, kind)]
         chosen = random.permutation(len(prompts))
         self.at = np.cumsum(random.exponential(1 / args.rate, args.requests)).tolist()
         self.prompts = [prompts[chosen[n % len(prompts)]] for n in range(args.requests)]
@@ -115,14 +119,14 @@ class Load:
 Stamps = list[list[tuple[float, int]]]  # per request: when tokens came, and how many
 
 
-def ours(args: argparse.Namespace, arrivals: Load) -> Stamps:
+def ours(name: str, model: Path, arrivals: Load, batch: int) -> Stamps:
     """This project's session."""
-    pair = load(args.model)
+    pair = load(model)
     pair.prompts.eos, pair.prompts.tokenizer = frozenset(), None
-    depth = None if args.worker == "ours-auto" else int(args.worker.removeprefix("ours-k"))
+    depth = None if name == "ours-auto" else int(name.removeprefix("ours-k"))
     pair.generate_batch(arrivals.prompts[:2], SamplingParams(max_tokens=16), num_draft_tokens=depth)
-    positions = sum(sorted(map(len, arrivals.prompts))[-args.batch :]) + args.batch * 160
-    session = pair.session(max_batch=args.batch, num_draft_tokens=depth, positions=positions)
+    positions = sum(sorted(map(len, arrivals.prompts))[-batch:]) + batch * 160
+    session = pair.session(max_batch=batch, num_draft_tokens=depth, positions=positions)
     stamps: Stamps = [[] for _ in arrivals.at]
     sent = done = 0
     arrivals.start()
@@ -140,16 +144,16 @@ def ours(args: argparse.Namespace, arrivals: Load) -> Stamps:
     return stamps
 
 
-def mlx_lm(args: argparse.Namespace, arrivals: Load) -> Stamps:
+def mlx_lm(model: Path, arrivals: Load, batch: int) -> Stamps:
     """mlx_lm's BatchGenerator."""
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(Path(args.model))
+    target, _ = load_model(model)
     stamps: Stamps = [[] for _ in arrivals.at]
     for warm in (True, False):
         generator = BatchGenerator(
-            model, stop_tokens=[], completion_batch_size=args.batch, prefill_batch_size=args.batch
+            target, stop_tokens=[], completion_batch_size=batch, prefill_batch_size=batch
         )
         if warm:
             generator.insert(arrivals.prompts[:2], max_tokens=[16, 16])
