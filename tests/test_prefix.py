@@ -187,12 +187,16 @@ def test_a_drafter_finds_all_it_may_see_after_a_hit(pair: Pair, position: int) -
             engine.step()
         (row,) = engine.running
         assert row.request.stats.cached_tokens in (0, position)
-        copied = engine.cache.copy_window(row.seat, position)
-        return [np.array(array) for kv in copied.values() for array in kv]
+        cache, seen = engine.cache, min(position, pair.target.config.sliding_window + 1)
+        places = row.seat.slot * cache.ring + np.arange(position - seen, position) % cache.ring
+        sliding = [layer for layer in pair.target.config.layers if layer.sliding and layer.owns_kv]
+        stored = [cache.storage[layer.index] for layer in sliding]
+        return [np.array(array)[:, places] for kv in stored for array in kv]
 
     warm = engine_of(pair)
-    warm.submit(request_of([*BEGINNING[:position], 9], 2))
-    warm.run()
+    for other in ([*BEGINNING[:position], 9], OTHER):  # the second leaves its own in the ring
+        warm.submit(request_of(other, 2))
+        warm.run()
     hit, fresh = window(warm), window(engine_of(pair, prefix_share=0))
     assert all(np.array_equal(*both) for both in zip(hit, fresh, strict=True))
 
