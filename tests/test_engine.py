@@ -84,6 +84,19 @@ def test_requests_wait_in_order(pair: Pair) -> None:
     assert requests[3].stats.queued_s > requests[1].stats.queued_s > 0
 
 
+def test_a_row_joins_whose_penalties_look_further_back(pair: Pair) -> None:
+    short = {"repetition_penalty": 1.8, "max_tokens": 24}
+    long = {"frequency_penalty": 0.5, "frequency_context_size": 300, "max_tokens": 10}
+    engine = engine_of(pair)
+    first = engine.submit(request_of(PROMPTS[1], **short))  # type: ignore[arg-type]
+    for _ in range(4):
+        engine.step()
+    second = engine.submit(request_of([9, 10] * 30, **long))  # type: ignore[arg-type]
+    engine.run()
+    assert first.tokens == alone(pair, first.prompt, **short)
+    assert second.tokens == alone(pair, second.prompt, **long)
+
+
 def test_a_small_request_does_not_overtake_one_that_waits_for_room(pair: Pair) -> None:
     size = seat_size(30)
     engine = engine_of(pair, positions=2 * size)
