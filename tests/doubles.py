@@ -49,6 +49,7 @@ class Script:
         self._p, self._vocab_size = p, vocab_size
         self._texts: dict[Request, np.ndarray] = {}
         self._slots: dict[int, Request] = {}
+        self.depths: list[int] = []  # how many drafts each round asked for
 
     def add(self, request: Request, tokens: Sequence[int]) -> None:
         """Learn what a request will say."""
@@ -65,6 +66,7 @@ class Script:
     def draft(
         self, tokens: mx.array, hidden: mx.array, shared: SharedKV, embed: Embed, draw: Draw, k: int
     ) -> mx.array:
+        self.depths.append(k)
         slots = max(self._slots) + 1
         longest = max(len(self._texts[request]) for request in self._slots.values())
         table = np.zeros((slots, longest), np.int32)
@@ -102,26 +104,27 @@ class ScriptedEngine(Engine):
 
 
 class RecordingEngine(Engine):
-    """An engine that remembers the logits behind every token of a round, by (slot, position)."""
+    """An engine that remembers the logits behind every token of a round, by (request, position)."""
 
     def __init__(self, models: Models, k: int, limits: Limits) -> None:
         super().__init__(models, FixedDepth(k), limits)
-        self.rounds: list[Round] = []
+        self.rounds: list[tuple[Round, list[Request]]] = []
         self.requests: list[Request] = []
 
     def _launch(self) -> None:
         super()._launch()
         if self._current is not None:
-            self.rounds.append(self._current)
+            self.rounds.append((self._current, [row.request for row in self.running]))
 
     def logits(self) -> dict[tuple[int, int], np.ndarray]:
+        numbers = {request: number for number, request in enumerate(self.requests)}
         found = {}
-        for done in self.rounds:
+        for done, requests in self.rounds:
             logits, report = np.array(done.logits), np.array(done.report)
-            slots, lengths = np.array(done.rows.slots), np.array(done.rows.lengths)
-            for b, row in enumerate(slots):
+            lengths = np.array(done.rows.lengths)
+            for b, request in enumerate(requests):
                 for offset in range(report[b, done.block.shape[1]] + 1):
-                    found[int(row), int(lengths[b]) + 1 + offset] = logits[b, offset]
+                    found[numbers[request], int(lengths[b]) + 1 + offset] = logits[b, offset]
         return found
 
 
@@ -132,7 +135,7 @@ def run(
     k: int,
     chunk: int = 512,
 ) -> RecordingEngine:
-    """Generate to the end and return the engine. Row i sits in slot i."""
+    """Generate to the end and return the engine."""
     requests = [Request(p, s, NO_EOS) for p, s in zip(prompts, params, strict=True)]
     positions = sum(seat_size(request.positions) for request in requests)
     limits = Limits(len(requests), positions=positions, prefix_share=0, chunk=chunk)

@@ -285,6 +285,16 @@ def test_a_request_keeps_to_its_own_limit_of_drafts(pair: Pair) -> None:
     assert requests[0].tokens == alone(pair, PROMPTS[0], max_tokens=40)
 
 
+def test_no_more_is_drafted_than_any_row_could_use(pair: Pair) -> None:
+    requests = [request_of(PROMPTS[n], 20, num_draft_tokens=1 + n) for n in range(2)]
+    script = scripted(pair, requests, 1.0)
+    engine = engine_of(pair, 8, script)
+    for request in requests:
+        engine.submit(request)
+    engine.run()
+    assert max(script.depths) == 2
+
+
 def test_no_request_changes_what_memory_the_rounds_take(pair: Pair) -> None:
     """Rounds beside kept prompts and a saved copy grow memory by less than one layer's pool."""
     engine = engine_of(pair, positions=12_000, kv_bytes=200_000_000)

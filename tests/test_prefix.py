@@ -79,6 +79,7 @@ def test_equal_prompts_that_come_together_are_computed_once(
     engine.run()
     assert engine.computed == len(prompt) + 3
     assert {tuple(request.tokens) for request in requests} == {tuple(alone(pair, prompt))}
+    assert [len(kept.chain) for kept in engine.seating.prefixes.segments] == [2]  # and kept once
 
 
 def test_the_last_token_of_a_prompt_is_always_computed(
