@@ -7,6 +7,9 @@ Positions that a query must not see contribute exact zeros. So the result of a r
 for bit, whatever the number of new positions, of rows, and wherever the committed part ends:
 the maximum does not depend on order, adding zero changes nothing, and the tiles never move.
 This is the definition, in plain ops, that any kernel has to reproduce.
+
+Keys (after norm and RoPE) and values lie in one array, `kv`, the values' heads behind the keys':
+storage is [2G, N, D], a block [B, 2G, L, D]. One gather and one scatter serve both.
 """
 
 from typing import NamedTuple
@@ -15,13 +18,6 @@ import mlx.core as mx
 
 TILE = 32
 STRIP = 32  # tiles gathered, and read at a time over a long committed part: bounds the temporaries
-
-
-class KV(NamedTuple):
-    """Keys (after norm and RoPE) and values. Storage: [G, N, D]. A block: [B, G, L, D]."""
-
-    keys: mx.array
-    values: mx.array
 
 
 class Rows(NamedTuple):
@@ -41,10 +37,11 @@ class Rows(NamedTuple):
 class View(NamedTuple):
     """Which positions a pass sees in one kind of layer: the same for every layer of that kind.
 
-    places: [B * n] where each of the row's n = tiles * TILE gathered positions is stored, or would
-    be; block_places: [B * queries] which of the gathered positions are the block's own;
-    mask: [B, tiles, 1, queries, TILE] float32, 0 where a query sees a gathered position, else -inf;
-    first: [B] the first gathered tile; spans: of `Rows` where earlier tiles are read in place.
+    places: [2G * B * n] where, among all heads' entries, each of the row's n = tiles * TILE
+    gathered positions is stored, or would be; block_places: [2G * B * queries] which of the
+    gathered ones are the block's own; mask: [B, tiles, 1, queries, TILE] float32, 0 where a query
+    sees a gathered position, else -inf; first: [B] the first gathered tile; spans: of `Rows` where
+    earlier tiles are read in place.
     """
 
     places: mx.array
@@ -54,23 +51,32 @@ class View(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def block_view(rows: Rows, length: int, window: int | None, ring: int | None) -> View:
-    """View of `length` new positions per row, each seeing itself and what is before it.
+class Kind(NamedTuple):
+    """What the layers of a kind have in common.
 
-    window: a query sees that many positions, itself included, or None for all. ring: the slots of
-    a sliding layer's storage per row, or None for a full layer's pool.
+    window: a query sees that many positions, itself included, or None for all; ring: entries of a
+    sliding layer's storage per row, or None for a full layer's pool; heads, entries: 2G and N.
     """
-    last = rows.lengths[:, None] + mx.arange(length)
-    return _view(rows, last, window, ring)
+
+    window: int | None
+    ring: int | None
+    heads: int
+    entries: int
 
 
-def cache_view(rows: Rows, window: int | None, ring: int | None) -> View:
+def block_view(rows: Rows, length: int, kind: Kind) -> View:
+    """View of `length` new positions per row, each seeing itself and what is before it."""
+    return _view(rows, rows.lengths[:, None] + mx.arange(length), kind)
+
+
+def cache_view(rows: Rows, kind: Kind) -> View:
     """View of one query per row that sees the last `window` committed positions, or all."""
-    return _view(rows, rows.lengths[:, None] - 1, window, ring)
+    return _view(rows, rows.lengths[:, None] - 1, kind)
 
 
-def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> View:
+def _view(rows: Rows, last: mx.array, kind: Kind) -> View:
     """last: [B, queries] the last position each query sees; consecutive along a row."""
+    window, ring = kind.window, kind.ring
     queries = last.shape[1]
     lengths = rows.lengths[:, None]
     if window is None:
@@ -87,13 +93,15 @@ def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> V
     else:
         places = rows.slots[:, None] * ring + positions % ring
     begins = mx.arange(0, positions.size, tiles * TILE)[:, None] + lengths - first * TILE
+    block_places = (begins + mx.arange(queries)).reshape(-1)
+    heads = mx.arange(kind.heads)[:, None]
     seen = positions[:, None, :] <= last[:, :, None]  # [B, queries, n]
     if window is not None:
         seen = seen & (positions[:, None, :] > last[:, :, None] - window)
     mask = mx.where(seen, 0.0, -mx.inf).reshape(*seen.shape[:2], tiles, TILE)
     return View(
-        places=places.reshape(-1),
-        block_places=(begins + mx.arange(queries)).reshape(-1),
+        places=(heads * kind.entries + places.reshape(-1)).reshape(-1),
+        block_places=(heads * positions.size + block_places).reshape(-1),
         mask=mask.swapaxes(1, 2)[:, :, None],
         first=first[:, 0],
         spans=rows.spans if window is None else (),
@@ -103,23 +111,24 @@ def _view(rows: Rows, last: mx.array, window: int | None, ring: int | None) -> V
 class BlockSource(NamedTuple):
     """What one layer's queries read in a verify or draft pass."""
 
-    storage: KV
-    gathered: KV  # [G, B, tiles, TILE, D]
+    storage: mx.array  # [2G, N, D]
+    gathered: mx.array  # [2G, B, tiles, TILE, D]
     view: View
 
     def attend(self, queries: mx.array) -> mx.array:
         """Attend. queries: [B, H, L, D]. Returns the same shape; sums and softmax in float32."""
         b, h, length, d = queries.shape
-        g, _, tiles = self.gathered.keys.shape[:3]
+        keys, values = mx.split(self.gathered, 2)
+        g, _, tiles = keys.shape[:3]
         m = h // g * length
         q = queries.reshape(b, g, 1, m, d).swapaxes(0, 1)  # [G, B, 1, M, D]
-        scores = (q @ self.gathered.keys.swapaxes(-1, -2)).reshape(g, b, tiles, -1, length, TILE)
+        scores = (q @ keys.swapaxes(-1, -2)).reshape(g, b, tiles, -1, length, TILE)
         scores = (scores.astype(mx.float32) + self.view.mask).reshape(g, b, tiles, m, TILE)
         peak = scores.max(axis=(2, 4), keepdims=True)  # [G, B, 1, M, 1]
         heads = [self._head_scores(q[:, row], row) for row in range(len(self.view.spans))]
         if any(heads):
             peak = mx.maximum(peak, mx.stack([_peak(strips, peak) for strips in heads], axis=1))
-        totals, parts = _tile_sums(scores, peak, self.gathered.values)
+        totals, parts = _tile_sums(scores, peak, values)
         if any(heads):
             before = [self._head_sums(s, peak[:, row], row) for row, s in enumerate(heads)]
             totals = mx.concatenate([mx.stack([t for t, _ in before], axis=1), totals], axis=2)
@@ -132,11 +141,12 @@ class BlockSource(NamedTuple):
         tiles = self.view.spans[row][1] // TILE + 1 - STRIP
         return [(t, min(t + STRIP, tiles)) for t in range(0, tiles, STRIP)]
 
-    def _head(self, storage: mx.array, row: int, begin: int, end: int) -> mx.array:
-        """The row's tiles [begin, end) in place: [G, end - begin, TILE, D]."""
+    def _head(self, row: int, begin: int, end: int) -> tuple[mx.array, mx.array]:
+        """The row's tiles [begin, end) in place: keys and values, [G, end - begin, TILE, D]."""
         start = self.view.spans[row][0]
-        tiles = storage[:, start + begin * TILE : start + end * TILE]
-        return tiles.reshape(storage.shape[0], end - begin, TILE, -1)
+        tiles = self.storage[:, start + begin * TILE : start + end * TILE]
+        keys, values = mx.split(tiles.reshape(len(tiles), end - begin, TILE, -1), 2)
+        return keys, values
 
     def _head_scores(self, q: mx.array, row: int) -> list[mx.array]:
         """Scores [G, tiles, M, TILE] per strip over the row's tiles before its gathered ones.
@@ -145,7 +155,7 @@ class BlockSource(NamedTuple):
         """
         strips = []
         for begin, end in self._strips(row):
-            keys = self._head(self.storage.keys, row, begin, end)
+            keys, _ = self._head(row, begin, end)
             scores = (q @ keys.swapaxes(-1, -2)).astype(mx.float32)
             before = mx.arange(begin, end)[:, None, None] < self.view.first[row]
             strips.append(mx.where(before, scores, -mx.inf))
@@ -159,30 +169,22 @@ class BlockSource(NamedTuple):
         In order of position. peak: [G, 1, M, 1].
         """
         total = mx.zeros(peak.shape)
-        weighted = mx.zeros((*peak.shape[:-1], self.storage.values.shape[-1]))
+        weighted = mx.zeros((*peak.shape[:-1], self.storage.shape[-1]))
         for scores, (begin, end) in zip(strips, self._strips(row), strict=True):
-            values = self._head(self.storage.values, row, begin, end)
+            _, values = self._head(row, begin, end)
             part_total, part = _tile_sums(scores, peak, values)
             total = mx.concatenate([total, part_total], axis=1).sum(axis=1, keepdims=True)
             weighted = mx.concatenate([weighted, part], axis=1).sum(axis=1, keepdims=True)
         return total, weighted
 
 
-def read_block(storage: KV, block: KV | None, view: View) -> BlockSource:
+def read_block(storage: mx.array, block: mx.array | None, view: View) -> BlockSource:
     """Gather a layer's tiles that are not read in place, the block's entries among them."""
-    b = view.first.shape[0]
-
-    def gather(stored: mx.array, fresh: mx.array | None) -> mx.array:
-        g, _, d = stored.shape
-        taken = stored.swapaxes(0, 1)[view.places]  # [B * n, G, D], the layout a gather writes
-        if fresh is not None:
-            taken[view.block_places] = fresh.swapaxes(1, 2).reshape(-1, g, d)
-        return taken.reshape(b, -1, TILE, g, d).transpose(3, 0, 1, 2, 4)
-
-    keys, values = block or (None, None)
-    return BlockSource(
-        storage, KV(gather(storage.keys, keys), gather(storage.values, values)), view
-    )
+    heads, _, d = storage.shape
+    taken = storage.reshape(-1, d)[view.places]
+    if block is not None:
+        taken[view.block_places] = block.swapaxes(0, 1).reshape(-1, d)
+    return BlockSource(storage, taken.reshape(heads, view.first.shape[0], -1, TILE, d), view)
 
 
 def _peak(strips: list[mx.array], like: mx.array) -> mx.array:

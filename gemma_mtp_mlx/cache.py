@@ -7,9 +7,10 @@ MAX_BLOCK (so that writing a whole block, rejected tail included, never overwrit
 visible). There is no trim and no rollback: a block is written behind the committed positions and
 only the length says how much of it counts.
 
-Storage of both kinds is [G, N, D], a ring being `ring` consecutive entries, so one gather and one
-scatter serve both. Writes are in place as long as nobody else holds the buffer: readers are local
-to a pass, a commit is evaluated only after the pass before it, and what is kept of a row is a copy.
+Storage of both kinds is [2G, N, D], keys then values, a ring being `ring` consecutive entries, so
+one gather and one scatter serve all. Writes are in place as long as nobody else holds the buffer:
+readers are local to a pass, a commit is evaluated only after the pass before it, and what is kept
+of a row is a copy.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.attention import KV, Rows
+from gemma_mtp_mlx.attention import Kind, Rows
 from gemma_mtp_mlx.config import LayerConfig, ModelConfig
 
 MAX_BLOCK = 16  # the largest block: 15 drafts and the bonus token
@@ -64,11 +65,11 @@ class Cache:
         self.config = config
         self.ring = ring_size(config)
         entries = {True: slots * self.ring, False: positions}
-        self.storage: dict[int, KV] = {}
+        self.storage: dict[int, mx.array] = {}
         for layer in config.layers:
             if layer.owns_kv:
-                shape = (layer.num_key_value_heads, entries[layer.sliding], layer.head_dim)
-                self.storage[layer.index] = KV(mx.zeros(shape, dtype), mx.zeros(shape, dtype))
+                shape = (2 * layer.num_key_value_heads, entries[layer.sliding], layer.head_dim)
+                self.storage[layer.index] = mx.zeros(shape, dtype)
         try:
             mx.eval(list(self.storage.values()))
         except RuntimeError as error:
@@ -80,7 +81,14 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return sum(kv.keys.nbytes + kv.values.nbytes for kv in self.storage.values())
+        return sum(kv.nbytes for kv in self.storage.values())
+
+    def kind(self, *, sliding: bool, window: int | None = None) -> Kind:
+        """Describe the layers of a kind. window: of sliding layers, None for the config's."""
+        heads, entries, _ = self.storage[self.config.last_owner(sliding=sliding).index].shape
+        if not sliding:
+            return Kind(None, None, heads, entries)
+        return Kind(window or self.config.sliding_window, self.ring, heads, entries)
 
     def rows(self, seats: Sequence[Seat], lengths: mx.array, bounds: Sequence[int]) -> Rows:
         """Describe the rows in those seats. lengths: [B] int32; bounds: at least those."""
@@ -88,89 +96,70 @@ class Cache:
         spans = tuple(zip(starts, bounds, strict=True))
         return Rows(lengths, mx.array(starts), mx.array([seat.slot for seat in seats]), spans)
 
-    def commit(self, blocks: dict[int, KV], rows: Rows) -> None:
-        """Write whole blocks ([B, G, L, D] per owning layer) behind each row's committed length."""
-        length = next(iter(blocks.values())).keys.shape[2]
+    def commit(self, blocks: dict[int, mx.array], rows: Rows) -> None:
+        """Write whole blocks ([B, 2G, L, D] per owning layer) behind the committed positions."""
+        length = next(iter(blocks.values())).shape[2]
         positions = rows.lengths[:, None] + mx.arange(length)
         places = {
             False: (rows.starts[:, None] + positions).reshape(1, -1, 1),
             True: (rows.slots[:, None] * self.ring + positions % self.ring).reshape(1, -1, 1),
         }
-
-        def written(stored: mx.array, fresh: mx.array, where: mx.array) -> mx.array:
-            entries = fresh.swapaxes(0, 1).reshape(len(stored), -1, stored.shape[2])
-            return mx.put_along_axis(stored, where, entries, axis=1)
-
         for index, block in blocks.items():
-            where = places[self.config.layers[index].sliding]
-            stored = self.storage[index]
-            self.storage[index] = KV(
-                written(stored.keys, block.keys, where), written(stored.values, block.values, where)
-            )
+            where, stored = places[self.config.layers[index].sliding], self.storage[index]
+            entries = block.swapaxes(0, 1).reshape(len(stored), -1, stored.shape[2])
+            self.storage[index] = mx.put_along_axis(stored, where, entries, axis=1)
 
-    def commit_prompt(self, blocks: dict[int, KV], seat: Seat, start: int) -> None:
-        """Write a prompt chunk ([1, G, T, D] per owning layer) from position start on."""
-        for index, block in blocks.items():
-            chunk = block.keys.shape[2]
-            for stored, fresh in zip(self.storage[index], block, strict=True):
-                if self.config.layers[index].sliding:
-                    kept = min(chunk, self.ring)
-                    places = self._ring_places(seat, start + chunk - kept, kept)
-                    stored[:, places] = fresh[0, :, -kept:]
-                else:
-                    begin = seat.start + start
-                    stored[:, begin : begin + chunk] = fresh[0]
+    def commit_prompt(self, blocks: dict[int, mx.array], seat: Seat, start: int) -> None:
+        """Write a prompt chunk ([1, 2G, T, D] per owning layer) from position start on."""
+        for index, (block,) in blocks.items():
+            stored, chunk = self.storage[index], block.shape[1]
+            if self.config.layers[index].sliding:
+                kept = min(chunk, self.ring)
+                stored[:, self._ring_places(seat, start + chunk - kept, kept)] = block[:, -kept:]
+            else:
+                begin = seat.start + start
+                stored[:, begin : begin + chunk] = block
 
-    def prompt_keys_values(self, layer: LayerConfig, seat: Seat, start: int) -> KV:
-        """Return the committed [1, G, S, D] that a chunk at position `start` can see, in order."""
-        keys, values = self.storage[layer.index]
+    def read_committed(self, layer: LayerConfig, seat: Seat, start: int) -> mx.array:
+        """Return the committed [1, 2G, S, D] that a chunk at position `start` can see, in order."""
+        stored = self.storage[layer.index]
         if layer.sliding:
             seen = min(start, self.config.sliding_window - 1)
-            places = self._ring_places(seat, start - seen, seen)
-            return KV(mx.take(keys, places, axis=1)[None], mx.take(values, places, axis=1)[None])
-        begin = seat.start
-        return KV(keys[None, :, begin : begin + start], values[None, :, begin : begin + start])
+            return mx.take(stored, self._ring_places(seat, start - seen, seen), axis=1)[None]
+        return stored[None, :, seat.start : seat.start + start]
 
-    def copy_window(self, seat: Seat, position: int) -> dict[int, KV]:
+    def copy_window(self, seat: Seat, position: int) -> dict[int, mx.array]:
         """Copy what a drafter may see in the sliding layers once `position` positions are there.
 
-        Returns: [G, n, D] per owning sliding layer, the last n = min(position, W + 1) in order.
+        Returns: [2G, n, D] per owning sliding layer, the last n = min(position, W + 1) in order.
         """
         seen = min(position, self.config.sliding_window + 1)
-        places = self._ring_places(seat, position - seen, seen)
-        window = {
-            layer.index: KV(*(mx.take(kv, places, axis=1) for kv in self.storage[layer.index]))
-            for layer in self.config.layers
-            if layer.owns_kv and layer.sliding
-        }
-        mx.eval(list(window.values()))  # a copy that is not made yet would hold the rings
-        return window
+        return self._copy(self._ring_places(seat, position - seen, seen), sliding=True)
 
-    def write_window(self, window: dict[int, KV], seat: Seat, position: int) -> None:
+    def write_window(self, window: dict[int, mx.array], seat: Seat, position: int) -> None:
         """Write what `copy_window` has copied, for a row that stands at that position."""
-        for index, kv in window.items():
-            count = kv.keys.shape[1]
-            places = self._ring_places(seat, position - count, count)
-            for stored, kept in zip(self.storage[index], kv, strict=True):
-                stored[:, places] = kept
+        for index, kept in window.items():
+            count = kept.shape[1]
+            self.storage[index][:, self._ring_places(seat, position - count, count)] = kept
 
-    def read_prompt(self, start: int, count: int) -> dict[int, KV]:
-        """Copy the first `count` positions, [G, count, D] per owning full layer, of a segment."""
-        places = mx.arange(start, start + count)
-        found = {
-            layer.index: KV(*(mx.take(kv, places, axis=1) for kv in self.storage[layer.index]))
-            for layer in self.config.layers
-            if layer.owns_kv and not layer.sliding
-        }
-        mx.eval(list(found.values()))
-        return found
+    def read_prompt(self, start: int, count: int) -> dict[int, mx.array]:
+        """Copy the first `count` positions, [2G, count, D] per owning full layer, of a segment."""
+        return self._copy(mx.arange(start, start + count), sliding=False)
 
-    def write_prompt(self, prompt: dict[int, KV], seat: Seat) -> None:
+    def write_prompt(self, prompt: dict[int, mx.array], seat: Seat) -> None:
         """Write what `read_prompt` has copied to the beginning of a seat."""
-        for index, kv in prompt.items():
-            end = seat.start + kv.keys.shape[1]
-            for stored, kept in zip(self.storage[index], kv, strict=True):
-                stored[:, seat.start : end] = kept
+        for index, kept in prompt.items():
+            self.storage[index][:, seat.start : seat.start + kept.shape[1]] = kept
+
+    def _copy(self, places: mx.array, *, sliding: bool) -> dict[int, mx.array]:
+        """Copy those entries of every owning layer of a kind."""
+        copied = {
+            index: mx.take(stored, places, axis=1)
+            for index, stored in self.storage.items()
+            if self.config.layers[index].sliding == sliding
+        }
+        mx.eval(list(copied.values()))  # a copy that is not made yet would hold the buffers
+        return copied
 
     def _ring_places(self, seat: Seat, first: int, count: int) -> mx.array:
         return mx.array(seat.slot * self.ring + np.arange(first, first + count) % self.ring)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.attention import KV, Rows
+from gemma_mtp_mlx.attention import Rows
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
 from gemma_mtp_mlx.host import host_rules
@@ -257,7 +257,7 @@ class Engine:
 
     def _run_chunk(
         self, row: Row, tokens: list[int], last: bool
-    ) -> tuple[mx.array | None, dict[int, KV]]:
+    ) -> tuple[mx.array | None, dict[int, mx.array]]:
         # The reader, which holds views of the cache, must be gone before the chunk is committed.
         reader = PromptReader(self.cache, row.seat, row.position, len(tokens))
         hidden = self.models.target.prefill(mx.array([tokens]), reader, last=last)

@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from gemma_mtp_mlx.attention import KV
 from gemma_mtp_mlx.config import LayerConfig, ModelConfig
 from gemma_mtp_mlx.device import fused, on_gpu
 from gemma_mtp_mlx.readers import Turn, Turns, wavelengths
@@ -34,8 +33,8 @@ class Reader(Protocol):
     positions: mx.array
     turns: Turns
 
-    def source(self, layer: LayerConfig, block: KV | None) -> Source:
-        """Return what the layer's queries read; block: its new keys and values if it owns any."""
+    def source(self, layer: LayerConfig, block: mx.array | None) -> Source:
+        """Return what the layer's queries read; block: its own new [B, 2G, L, D]."""
 
 
 class Attention(nn.Module):
@@ -62,16 +61,17 @@ class Attention(nn.Module):
         out = reader.source(self._layer, block).attend(queries)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, length, -1))
 
-    def _heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, KV | None]:
+    def _heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, mx.array | None]:
         """Queries [B, H, L, D], and the block if the layer owns one; a launch per norm and RoPE."""
         queries, *new = self._project(x)
         queries = self._rotate(self.q_norm(queries), reader.positions)
         if not new:
             return queries, None
         keys = self._rotate(self.k_norm(new[0]), reader.positions)
-        return queries, KV(keys, mx.fast.rms_norm(new[-1], None, self._eps).swapaxes(1, 2))
+        values = mx.fast.rms_norm(new[-1], None, self._eps).swapaxes(1, 2)
+        return queries, mx.concatenate([keys, values], axis=1)
 
-    def _joined_heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, KV | None]:
+    def _joined_heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, mx.array | None]:
         """The same for a CPU, where a norm or a RoPE is a dozen operations: all heads at once."""
         parts = self._project(x)
         norms = [self.q_norm, self.k_norm] if self._layer.owns_kv else [self.q_norm]
@@ -80,12 +80,11 @@ class Attention(nn.Module):
         )
         normed = mx.fast.rms_norm(mx.concatenate(parts, axis=2), None, self._eps)
         turned = _turn(normed[:, :, : len(weights)] * weights, reader.turns.of(self._layer))
-        turned = turned.swapaxes(1, 2)
         if not self._layer.owns_kv:
-            return turned, None
+            return turned.swapaxes(1, 2), None
+        heads = mx.concatenate([turned, normed[:, :, len(weights) :]], axis=2).swapaxes(1, 2)
         count = parts[0].shape[2]
-        values = normed[:, :, len(weights) :].swapaxes(1, 2)
-        return turned[:, :count], KV(turned[:, count:], values)
+        return heads[:, :count], heads[:, count:]
 
     def _project(self, x: mx.array) -> list[mx.array]:
         """Raw queries, keys and values, [B, L, heads, D]; only queries if the layer shares K/V."""

@@ -12,12 +12,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.attention import KV
-
 Digest = bytes
-Window = dict[int, KV]  # of Cache.copy_window
+Window = dict[int, mx.array]  # of Cache.copy_window
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +87,7 @@ class PrefixCache:
 
     def add(self, digest: Digest, window: Window) -> None:
         """Keep a window; older ones make room for it."""
-        nbytes = sum(array.nbytes for kv in window.values() for array in kv)
+        nbytes = sum(kv.nbytes for kv in window.values())
         while self._windows and self.used_bytes + nbytes > self.window_bytes:
             self.used_bytes -= self._windows.popitem(last=False)[1][1]
         self._windows[digest] = window, nbytes

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from gemma_mtp_mlx.attention import KV
 from gemma_mtp_mlx.config import ModelConfig
 
 FORMAT = "1"
@@ -15,14 +14,14 @@ FORMAT = "1"
 class PromptCache(NamedTuple):
     """The first tokens of a prompt and what prefill has made of them.
 
-    tokens: whole chunks of `chunk`; full: [G, n, D] per owning full layer; window: the last
+    tokens: whole chunks of `chunk`; full: [2G, n, D] per owning full layer; window: the last
     positions per owning sliding layer, in order.
     """
 
     tokens: Sequence[int]
     chunk: int
-    full: dict[int, KV]
-    window: dict[int, KV]
+    full: dict[int, mx.array]
+    window: dict[int, mx.array]
 
 
 def write_prompt_cache(file: Path, saved: PromptCache, model: str) -> None:
@@ -33,7 +32,7 @@ def write_prompt_cache(file: Path, saved: PromptCache, model: str) -> None:
     arrays = {"tokens": mx.array(list(saved.tokens))}
     for kind, layers in (("full", saved.full), ("window", saved.window)):
         for index, kv in layers.items():
-            arrays |= {f"{kind}.{index}.keys": kv.keys, f"{kind}.{index}.values": kv.values}
+            arrays[f"{kind}.{index}"] = kv
     metadata = {"format": FORMAT, "chunk": str(saved.chunk), "model": model}
     part = file.with_name(f".{file.name}.part.safetensors")
     try:
@@ -58,9 +57,7 @@ def read_prompt_cache(file: Path, model: str, config: ModelConfig, chunk: int) -
         raise ValueError(f"{file} was made with another model; make it again with this one")
     layers = {
         kind: {
-            layer.index: KV(
-                arrays[f"{kind}.{layer.index}.keys"], arrays[f"{kind}.{layer.index}.values"]
-            )
+            layer.index: arrays[f"{kind}.{layer.index}"]
             for layer in config.layers
             if layer.owns_kv and layer.sliding == (kind == "window")
         }

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mtp_mlx.attention import (
-    KV,
     BlockSource,
     PromptSource,
     Rows,
@@ -67,17 +66,16 @@ class VerifyReader:
     def __init__(self, cache: Cache, rows: Rows, length: int) -> None:
         self.positions = rows.lengths  # [B] int32: RoPE position of the block's first token
         self.turns = Turns(rows.lengths, length)
-        self.blocks: dict[int, KV] = {}
+        self.blocks: dict[int, mx.array] = {}
         self._cache = cache
         self._sources: dict[int, BlockSource] = {}
-        window = cache.config.sliding_window
         self._views: dict[bool, View] = {
-            True: block_view(rows, length, window, cache.ring),
-            False: block_view(rows, length, None, None),
+            sliding: block_view(rows, length, cache.kind(sliding=sliding))
+            for sliding in (True, False)
         }
 
-    def source(self, layer: LayerConfig, block: KV | None) -> BlockSource:
-        """Return what the layer's queries read; block: its new keys and values if it owns any."""
+    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource:
+        """Return what the layer's queries read; block: its own new [B, 2G, L, D]."""
         if block is not None:
             self.blocks[layer.index] = block
             storage = self._cache.storage[layer.index]
@@ -91,7 +89,7 @@ class PromptReader:
     def __init__(self, cache: Cache, seat: Seat, start: int, length: int) -> None:
         self.positions = mx.array([start])
         self.turns = Turns(self.positions, length)
-        self.blocks: dict[int, KV] = {}
+        self.blocks: dict[int, mx.array] = {}
         self._cache, self._seat, self._start = cache, seat, start
         self._sources: dict[int, PromptSource] = {}
         window = cache.config.sliding_window
@@ -107,16 +105,14 @@ class PromptReader:
         end.turns = Turns(end.positions, 1)
         return end
 
-    def source(self, layer: LayerConfig, block: KV | None) -> PromptSource:
-        """Return what the layer's queries read; block: its new keys and values if it owns any."""
+    def source(self, layer: LayerConfig, block: mx.array | None) -> PromptSource:
+        """Return what the layer's queries read; block: its own new [B, 2G, L, D]."""
         if block is not None:
             self.blocks[layer.index] = block
-            past = self._cache.prompt_keys_values(layer, self._seat, self._start)
-            self._sources[layer.index] = PromptSource(
-                mx.concatenate([past.keys, block.keys], axis=2),
-                mx.concatenate([past.values, block.values], axis=2),
-                self._sliding if layer.sliding else "causal",
-            )
+            past = self._cache.read_committed(layer, self._seat, self._start)
+            keys, values = mx.split(mx.concatenate([past, block], axis=2), 2, axis=1)
+            mask = self._sliding if layer.sliding else "causal"
+            self._sources[layer.index] = PromptSource(keys, values, mask)
         return self._sources[layer.kv_source]
 
 
@@ -133,8 +129,8 @@ class SharedKV:
         self.turns = Turns(rows.lengths, 1)
         window = cache.config.sliding_window + 1
         views = {
-            True: cache_view(rows, window, cache.ring),
-            False: cache_view(rows, None, None),
+            sliding: cache_view(rows, cache.kind(sliding=sliding, window=window))
+            for sliding in (True, False)
         }
         self._sources = {
             sliding: read_block(
@@ -143,7 +139,7 @@ class SharedKV:
             for sliding, view in views.items()
         }
 
-    def source(self, layer: LayerConfig, block: KV | None) -> BlockSource:
+    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource:
         """Return what the layer's queries read. A drafter's layers never own keys and values."""
         assert block is None
         return self._sources[layer.sliding]

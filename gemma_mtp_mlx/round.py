@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from gemma_mtp_mlx.acceptance import accept
-from gemma_mtp_mlx.attention import KV, Rows
+from gemma_mtp_mlx.attention import Rows
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
 from gemma_mtp_mlx.constraint import apply_masks
 from gemma_mtp_mlx.drafter import Candidates, Drafter
@@ -101,7 +101,7 @@ class Round(NamedTuple):
     report: mx.array
     logits: mx.array
     rows: Rows
-    blocks: dict[int, KV]
+    blocks: dict[int, mx.array]
     state: DecodeState
 
 
@@ -120,7 +120,7 @@ class Verified(NamedTuple):
     block: mx.array
     hidden: mx.array
     logits: mx.array
-    blocks: dict[int, KV]
+    blocks: dict[int, mx.array]
 
 
 def settings_of(

@@ -86,7 +86,7 @@ class Seating:
             return
         row.segment.chain = chain = row.chain[: row.position // self.chunk]
         config = self.cache.config
-        dtype = next(iter(self.cache.storage.values())).keys.dtype
+        dtype = next(iter(self.cache.storage.values())).dtype
         entries = min(row.position, config.sliding_window + 1)
         if self.prefixes.wants(chain[-1], window_bytes(config, dtype, entries)):
             self.prefixes.add(chain[-1], self.cache.copy_window(row.seat, row.position))

@@ -100,7 +100,7 @@ class ScriptedEngine(Engine):
     def cache_slots(self) -> int:
         """Rings of the cache."""
         layer = self.cache.config.last_owner(sliding=True).index
-        return self.cache.storage[layer].keys.shape[1] // self.cache.ring
+        return self.cache.storage[layer].shape[1] // self.cache.ring
 
 
 class RecordingEngine(Engine):

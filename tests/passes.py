@@ -7,7 +7,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.attention import KV
 from gemma_mtp_mlx.cache import Cache, Seat, seat_size
 from gemma_mtp_mlx.drafter import Candidates, Drafter, Draw, Embed
 from gemma_mtp_mlx.readers import PromptReader, SharedKV, VerifyReader
@@ -75,8 +74,8 @@ def committed(cache: Cache, length: int) -> Shared:
     segment = slice(length)
     first = max(0, length - config.sliding_window - 1)
     places = np.arange(first, length) % cache.ring
-    kept = [np.array(stored)[:, segment] for stored in cache.storage[full.index]]
-    kept += [np.array(stored)[:, places] for stored in cache.storage[sliding.index]]
+    kept = np.split(np.array(cache.storage[full.index])[:, segment], 2)
+    kept += np.split(np.array(cache.storage[sliding.index])[:, places], 2)
     return Shared(*kept)
 
 
@@ -92,7 +91,7 @@ def draft(
     cache = _cache(target, length)
     given = {False: shared[:2], True: shared[2:]}
     blocks = {
-        config.last_owner(sliding=kind).index: KV(*(mx.array(x)[None] for x in pair))
+        config.last_owner(sliding=kind).index: mx.array(np.concatenate(pair))[None]
         for kind, pair in given.items()
     }
     cache.commit_prompt(blocks, SEAT, 0)

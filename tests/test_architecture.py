@@ -60,8 +60,7 @@ ALLOWED = {
     ("engine", "Engine._read", "array"),
     ("engine", "Engine._prefill_chunk", "eval"),
     ("cache", "Cache.__init__", "eval"),
-    ("cache", "Cache.copy_window", "eval"),
-    ("cache", "Cache.read_prompt", "eval"),
+    ("cache", "Cache._copy", "eval"),
     ("outcome", "unpack", "tolist"),
     ("prefix", "digests", "array"),
 }

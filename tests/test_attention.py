@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from gemma_mtp_mlx.attention import KV, Rows, block_view, cache_view, read_block
+from gemma_mtp_mlx.attention import Kind, Rows, block_view, cache_view, read_block
 from gemma_mtp_mlx.layers import Attention
 from gemma_mtp_mlx.readers import Turns
 from tests.checkpoints import FAMILIES
@@ -55,9 +55,9 @@ def test_block_attention_equals_attention_over_a_list(window: int | None, length
         mx.arange(len(LENGTHS)),
         tuple(zip(starts, [n + 7 for n in LENGTHS], strict=True)),
     )
-    storage = KV(*(mx.array(_storage(past, ring, rng)) for past in (past_k, past_v)))
-    view = block_view(rows, length, window, ring)
-    source = read_block(storage, KV(mx.array(new_k), mx.array(new_v)), view)
+    storage = mx.array(np.concatenate([_storage(p, ring, rng) for p in (past_k, past_v)]))
+    view = block_view(rows, length, Kind(window, ring, *storage.shape[:2]))
+    source = read_block(storage, mx.array(np.concatenate([new_k, new_v], axis=1)), view)
     out = np.array(source.attend(mx.array(q)))
     for row, n in enumerate(LENGTHS):
         k = np.concatenate([past_k[row], new_k[row]], axis=1)
@@ -80,8 +80,12 @@ def test_cache_attention_sees_the_last_committed_positions(window: int | None) -
         mx.arange(len(LENGTHS)),
         tuple(zip(starts, LENGTHS, strict=True)),
     )
-    storage = KV(*(mx.array(_storage(past, ring, rng)) for past in (past_k, past_v)))
-    out = np.array(read_block(storage, None, cache_view(rows, window, ring)).attend(mx.array(q)))
+    storage = mx.array(np.concatenate([_storage(p, ring, rng) for p in (past_k, past_v)]))
+    out = np.array(
+        read_block(storage, None, cache_view(rows, Kind(window, ring, *storage.shape[:2]))).attend(
+            mx.array(q)
+        )
+    )
     for row, n in enumerate(LENGTHS):
         expected = _expected(q[row, :, 0], past_k[row], past_v[row], n - 1, window)
         np.testing.assert_allclose(out[row, :, 0], expected, rtol=2e-5, atol=2e-5)
@@ -110,11 +114,12 @@ def test_a_query_does_not_depend_on_what_is_committed_or_on_who_else_is_there(
             tuple((start, done + bound) for start in starts),
         )
         stored = [_storage([x[:, :done]] * copies, ring, rng) for x in (keys, values)]
-        storage = KV(*(mx.array(x).astype(dtype) for x in stored))
-        block = KV(
-            *(mx.array(np.stack([x[:, done:]] * copies)).astype(dtype) for x in (keys, values))
+        storage = mx.array(np.concatenate(stored)).astype(dtype)
+        new = np.concatenate([x[:, done:] for x in (keys, values)])
+        block = mx.array(np.stack([new] * copies)).astype(dtype)
+        source = read_block(
+            storage, block, block_view(rows, length, Kind(window, ring, *storage.shape[:2]))
         )
-        source = read_block(storage, block, block_view(rows, length, window, ring))
         return source.attend(mx.concatenate([q[:, :, -length:]] * copies))[-1, :, -1]
 
     alone = attend(1, 0, 1)
@@ -150,9 +155,11 @@ def test_heads_made_at_once_are_those_made_one_by_one(tiny_pair: LoadPair, famil
             queries, block = attention._heads(x, reader)
             joined, joined_block = attention._joined_heads(x, reader)
             assert (block is not None) == (joined_block is not None) == layer.owns_kv
-            for one, other in [
-                (queries, joined),
-                *zip(block or (), joined_block or (), strict=True),
-            ]:
+            pairs = [(queries, joined)]
+            if block is not None:
+                pairs += zip(
+                    mx.split(block, 2, axis=1), mx.split(joined_block, 2, axis=1), strict=True
+                )
+            for one, other in pairs:
                 assert one.shape == other.shape
                 assert mx.abs(one - other).max() <= 64 * 2**-22 * mx.abs(one).max()

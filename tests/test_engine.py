@@ -296,7 +296,7 @@ def test_no_more_is_drafted_than_any_row_could_use(pair: Pair) -> None:
 
 
 def test_no_request_changes_what_memory_the_rounds_take(pair: Pair) -> None:
-    """Rounds beside kept prompts and a saved copy grow memory by less than one layer's pool."""
+    """Rounds beside kept prompts and a saved copy grow memory by less than one layer's keys."""
     engine = engine_of(pair, positions=12_000, kv_bytes=200_000_000)
     engine.submit(request_of([9] * 64, 4))
     engine.run()
@@ -308,4 +308,4 @@ def test_no_request_changes_what_memory_the_rounds_take(pair: Pair) -> None:
         engine.step()
     assert running.stats.cached_tokens == 64
     layer = pair.target.config.last_owner(sliding=False).index
-    assert mx.get_peak_memory() - baseline < engine.cache.storage[layer].keys.nbytes
+    assert mx.get_peak_memory() - baseline < engine.cache.storage[layer].nbytes / 2

@@ -77,4 +77,4 @@ def test_rounds_copy_no_cache(tiny_pair: LoadPair, k: int) -> None:
         cache.commit(done.blocks, done.rows)
         state = done.state
         del done, rows
-    assert mx.get_peak_memory() - baseline < cache.storage[layer].keys.nbytes
+    assert mx.get_peak_memory() - baseline < cache.storage[layer].nbytes / 2
