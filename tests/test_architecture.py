@@ -23,13 +23,13 @@ LEVELS = [
     {"api", "async_session"},
     {"session", "hub"},
     {"engine", "prompts"},
-    {"seating", "host"},
+    {"seating", "host", "probe"},
     {"round", "prefix", "memory", "prompt_cache"},
     {"target", "drafter"},
     {"depth"},
     {"layers", "acceptance", "weights", "costs"},
     {"readers"},
-    {"cache"},
+    {"cache", "kernels"},
     {"attention", "request", "tensor_names"},
     {"constraint", "penalties", "outcome"},
     {"config", "sampling", "tokens", "checkpoint", "device", "segments"},
@@ -67,10 +67,11 @@ ALLOWED = {
 
 
 def _sources() -> dict[str, Path]:
-    """Return every module's file, by its name in the package: cli, convert.conversion, ..."""
+    """Return every module's file, by its name in the package: cli, kernels.route, ..."""
     own = {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
     convert = {f"convert.{path.stem}": path for path in (ROOT / "convert").glob("*.py")}
-    return own | convert
+    kernels = {f"kernels.{path.stem}": path for path in (ROOT / PACKAGE / "kernels").glob("*.py")}
+    return own | convert | kernels
 
 
 def _level(module: str) -> int:
