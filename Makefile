@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer; everything else is installed into .venv on first use.
 #   make demo    generate with the built-in pair, with and without its drafter
 #   make test    run the tests
+#   make metal   run the kernels' tests on a Mac's GPU, and time the kernels
 #   make lint    check style and types
 #   make clean   remove .venv and everything that was built
 # PYTHON=/path/to/python chooses the Python that .venv is made with.
@@ -11,13 +12,18 @@ BIN = .venv/bin
 # The stamp's name holds the set of package files and where they are: a new file is installed anew.
 STAMP := .venv/installed-$(shell { pwd; find gemma_mtp_mlx/ convert/ -type f ! -name '*.pyc' 2>/dev/null | sort; } | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint clean
+.PHONY: demo test metal lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python bench/demo.py
 
 test: $(STAMP)
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+metal: $(STAMP)
+	@$(BIN)/python -c 'import mlx.core as mx, sys; mx.metal.is_available() or sys.exit("make metal needs a Mac with an Apple GPU; make test executes the kernels on Linux")'
+	$(BIN)/pytest tests/kernels $(ARGS)
+	$(BIN)/python -m bench.kernels --out bench/results/kernels.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from gemma_mtp_mlx import Pair, hub, load
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, Seat, seat_size
-from gemma_mtp_mlx.drafter import Candidates
 from gemma_mtp_mlx.readers import SharedKV, VerifyReader
+from gemma_mtp_mlx.sampling import SamplingParams, batch_sampling
 
 SEAT = Seat(start=0, size=0, slot=0)  # of the only row
 HELD_OUT = Path(__file__).parents[1] / "training" / "held_out.json"
@@ -62,10 +62,10 @@ def _first_drafts(
     lengths = mx.arange(start, start + count)
     rows = cache.rows([SEAT] * count, lengths, range(start, start + count))
 
-    def draw(candidates: Candidates, step: int) -> mx.array:
-        best = mx.argmax(candidates.logits, axis=-1, keepdims=True)
-        ids = best if candidates.ids is None else mx.take_along_axis(candidates.ids, best, axis=-1)
-        return ids[:, 0]
+    greedy = batch_sampling([SamplingParams()] * count, [0] * count)
+
+    def draw(h: mx.array, step: int) -> mx.array:
+        return pair.drafter.choose(h, greedy, lengths[:, None])
 
     shared = SharedKV(cache, rows)
     return pair.drafter.draft(tokens, hidden, shared, pair.target.embed, draw, 1)[:, 0]

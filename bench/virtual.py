@@ -24,8 +24,8 @@ from gemma_mtp_mlx.acceptance import accept
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, Seat, seat_size
 from gemma_mtp_mlx.costs import Prior
 from gemma_mtp_mlx.depth import AutoDepth
-from gemma_mtp_mlx.drafter import Candidates
 from gemma_mtp_mlx.readers import SharedKV, VerifyReader
+from gemma_mtp_mlx.sampling import SamplingParams, batch_sampling
 from tests.clock import CHIPS, MODELS, MOST, Cost, Noise, roofline
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,6 +180,11 @@ def _agreeing(pair: Pair, tokens: list[int]) -> list[int]:
     cache = Cache(target.config, 1, seat_size(len(tokens)), target.dtype)
     seat = Seat(0, seat_size(len(tokens)), 0)
     counts: list[int] = []
+    greedy = batch_sampling([SamplingParams()] * MAX_BLOCK, [0] * MAX_BLOCK)
+
+    def draw(h: mx.array, step: int) -> mx.array:
+        return pair.drafter.choose(h, greedy, mx.zeros((MAX_BLOCK, 1), mx.int32))
+
     before = mx.zeros((1, target.config.hidden_size), target.dtype)
     for start in range(0, len(tokens) - MAX_BLOCK + 1, MAX_BLOCK):
         block = mx.array(tokens[start : start + MAX_BLOCK])
@@ -193,18 +198,12 @@ def _agreeing(pair: Pair, tokens: list[int]) -> list[int]:
             rows = cache.rows([seat] * MAX_BLOCK, mx.array(list(at)), at)
             states = mx.concatenate([before, hidden[:-1]])
             shared = SharedKV(cache, rows)
-            drafts = pair.drafter.draft(block, states, shared, target.embed, _best, DRAFTS)
+            drafts = pair.drafter.draft(block, states, shared, target.embed, draw, DRAFTS)
             blocks = mx.concatenate([block[:, None], drafts], axis=1)
             logits = target.logits(target.verify(blocks, VerifyReader(cache, rows, DRAFTS + 1)))
             counts += accept(drafts, mx.argmax(logits, axis=-1)).tolist()
         before = hidden[-1:]
     return counts
-
-
-def _best(candidates: Candidates, step: int) -> mx.array:
-    best = mx.argmax(candidates.logits, axis=-1, keepdims=True)
-    ids = best if candidates.ids is None else mx.take_along_axis(candidates.ids, best, axis=-1)
-    return ids[:, 0]
 
 
 HEAD = f"""\

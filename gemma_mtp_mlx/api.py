@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
@@ -13,8 +14,11 @@ from gemma_mtp_mlx.checkpoint import read_config, read_json
 from gemma_mtp_mlx.config import DrafterConfig, ModelConfig
 from gemma_mtp_mlx.costs import prior_for
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
+from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.kernels.fast import fast as fast_arithmetic
 from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits
+from gemma_mtp_mlx.probe import check_formats, probe
 from gemma_mtp_mlx.prompts import Prompt, Prompts
 from gemma_mtp_mlx.round import MAX_DRAFTS, Models
 from gemma_mtp_mlx.sampling import SamplingParams
@@ -29,14 +33,22 @@ MAX_BATCH = 8
 class Pair:
     """A target with its drafter and tokenizer. Made by `load`.
 
-    skipped: how many stored tensors of the target were not needed, by reason. What is learnt about
-    how many tokens to draft is kept from call to call.
+    skipped: how many stored tensors of the target were not needed, by reason; notes: what trying
+    the kernels on this device has found, a line each. What is learnt about how many tokens to draft
+    is kept from call to call.
     """
 
-    def __init__(self, models: Models, prompts: Prompts, skipped: dict[str, int]) -> None:
-        self.target, self.drafter = models
+    def __init__(
+        self,
+        models: Models,
+        prompts: Prompts,
+        skipped: dict[str, int],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.target, self.drafter, self._arithmetic = models
         self.prompts = prompts
         self.skipped = skipped
+        self.notes = list(notes)
         self._depth: AutoDepth | FixedDepth = FixedDepth(0)
         if self.drafter is not None:
             prior = prior_for(self.target.config, self.drafter.config)
@@ -153,16 +165,18 @@ class Pair:
                 f"num_draft_tokens is {num_draft_tokens}; it must be between 0 and {MAX_DRAFTS}"
             )
         depth = FixedDepth(num_draft_tokens) if num_draft_tokens is not None else self._depth
-        return Session(Models(self.target, self.drafter), self.prompts, depth, limits)
+        models = Models(self.target, self.drafter, self._arithmetic)
+        return Session(models, self.prompts, depth, limits)
 
 
-def load(model: str | Path, drafter: str | Path | None = "auto") -> Pair:
-    """Load a target and its drafter.
+def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool = False) -> Pair:
+    """Load a target and its drafter and, on a GPU, try the kernels they need.
 
     model, drafter: a folder or a hub repository. drafter "auto" takes model/drafter and raises if
-    it is missing; None decodes plainly.
+    it is missing; None decodes plainly. fast: on a GPU, use MLX's own kernels where they are known
+    to be faster; what is generated is then the same up to numerical ties.
     Raises: ValueError naming the file and the remedy for anything that cannot be loaded, and for a
-    drafter that does not belong to the target.
+    drafter that does not belong to the target; RuntimeError for a kernel the device refuses.
     """
     folder = hub.resolve(str(model))
     config = read_config(folder)
@@ -180,7 +194,16 @@ def load(model: str | Path, drafter: str | Path | None = "auto") -> Pair:
         load_weights(assistant, drafter_folder, drafter_names())
     plan = load_weights(target, folder, target_names(target.config))
     prompts = Prompts(target.config, _tokenizer(folder), _eos(folder, config))
-    return Pair(Models(target, assistant), prompts, plan.skipped)
+    models = Models(target, assistant)
+    if not on_gpu():
+        return Pair(models, prompts, plan.skipped)
+    if fast:
+        arithmetic = fast_arithmetic(str(mx.device_info()["architecture"]))
+        return Pair(models._replace(arithmetic=arithmetic), prompts, plan.skipped)
+    check_formats(target)
+    if assistant is not None:
+        check_formats(assistant)
+    return Pair(models, prompts, plan.skipped, probe(models))
 
 
 def _tokenizer(folder: Path) -> TokenizerWrapper | None:

@@ -19,6 +19,7 @@ from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
     Dtype,
+    Fast,
     Model,
     NoTemplate,
     PromptFile,
@@ -83,6 +84,7 @@ def generate(
     model: Model = None,
     draft_model: DraftModel = None,
     num_draft_tokens: DraftTokens = "auto",
+    fast: Fast = False,
     prompt: Annotated[
         list[str] | None, opt("TEXT", "A prompt, or several.", "--prompt", "-p")
     ] = None,
@@ -140,7 +142,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else text_or_file(grammar, ":"),
     )
-    pair = _load(model, draft_model)
+    pair = _load(model, draft_model, fast=fast)
     like: Any = {"system": system_prompt, "template": not raw, "thinking": thinking}
     ids = [pair.encode(text, **like) for text in prompts]
     requests = [pair.prompts.request(tokens, params) for tokens in ids]
@@ -179,6 +181,7 @@ def batch(
     model: Model = None,
     draft_model: DraftModel = None,
     num_draft_tokens: DraftTokens = "auto",
+    fast: Fast = False,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests that run at a time, at most.")
     ] = ROWS,
@@ -202,7 +205,7 @@ def batch(
     with Path("/dev/stdin" if prompts_file == "-" else prompts_file).open("rb") as source:
         lines = read_lines(source, name, max_tokens)
     found = runner.read_output(output, lines, name)
-    pair = _load(model, draft_model)
+    pair = _load(model, draft_model, fast=fast)
     jobs = runner.prepare(lines, found, pair.prompts, name)
     total = sum(line.choices for line in lines)
     del lines
@@ -318,16 +321,16 @@ def convert(
     _say(*report.converted(written, mlx_path))
 
 
-def _load(model: str | None, draft_model: str | None) -> "Pair":
+def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":
     from gemma_mtp_mlx import hub, load
 
     if model is None:
         _say(f"{NAME}: no --model given: using the small built-in pair, trained on Python code")
     began = time.perf_counter()
     drafter = None if draft_model == "none" else draft_model or "auto"
-    pair = load(hub.builtin() if model is None else model, drafter)
+    pair = load(hub.builtin() if model is None else model, drafter, fast=fast)
     plain = " without a drafter" if pair.drafter is None else ""
-    _say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s")
+    _say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s", *pair.notes)
     return pair
 
 

@@ -13,10 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mtp_mlx.config import DrafterConfig
-from gemma_mtp_mlx.layers import DecoderLayer
+from gemma_mtp_mlx.kernels.centroid_head import CentroidHead, centroid_candidates, centroid_head
+from gemma_mtp_mlx.kernels.token_head import head_logits, token_head
+from gemma_mtp_mlx.layers import DecoderLayer, Stream
 from gemma_mtp_mlx.readers import SharedKV
+from gemma_mtp_mlx.sampling import Sampling
 
-Embed = Callable[[mx.array], mx.array]  # tokens [B, 1] -> the target's scaled embedding [B, 1, E]
+# tokens [B, 1] and hidden states [B, 1, E] -> the target's scaled embedding beside them, [B, 1, 2E]
+Embed = Callable[[mx.array, mx.array], mx.array]
 
 
 class Candidates(NamedTuple):
@@ -29,7 +33,7 @@ class Candidates(NamedTuple):
     ids: mx.array | None
 
 
-Draw = Callable[[Candidates, int], mx.array]  # candidates, step -> tokens [B]
+Draw = Callable[[mx.array, int], mx.array]  # hidden states [B, width], step -> tokens [B]
 
 
 class _Model(nn.Module):
@@ -73,28 +77,40 @@ class Drafter(nn.Module):
         """
         drafts = []
         for step in range(k):
-            candidates, hidden = self.step(embed(tokens[:, None]), hidden, shared)
-            tokens = draw(candidates, step)
+            h, hidden = self.step(embed(tokens[:, None], hidden[:, None]), shared)
+            tokens = draw(h, step)
             drafts.append(tokens)
         return mx.stack(drafts, axis=1)
 
-    def step(
-        self, embedding: mx.array, hidden: mx.array, shared: SharedKV
-    ) -> tuple[Candidates, mx.array]:
-        """Run one step. embedding: [B, 1, E], hidden: [B, E]. Returns candidates and [B, E]."""
-        h = self.pre_projection(mx.concatenate([embedding, hidden[:, None]], axis=-1))
-        for layer in self.model.layers:
-            h = layer(h, shared)
-        h = self.model.norm(h)[:, 0]
-        return self._candidates(h), self.post_projection(h)
+    def step(self, fed: mx.array, shared: SharedKV) -> tuple[mx.array, mx.array]:
+        """Run one step. fed: [B, 1, 2E], the token's embedding and the hidden state before it.
 
-    def _candidates(self, h: mx.array) -> Candidates:
-        """h: [B, width] -> every token, or those of the best centroids."""
+        Returns: the hidden state to draw from, [B, width], and to feed back, [B, E].
+        """
+        arithmetic, layers = shared.arithmetic, self.model.layers
+        (h,) = arithmetic.project(fed, self.pre_projection)
+        stream = Stream(h, layers[0].input_layernorm(h))
+        norms = [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
+        for layer, norm in zip(layers, norms, strict=True):
+            stream = layer(stream, shared, norm)
+        (back,) = arithmetic.project(stream.normed, self.post_projection)
+        return stream.normed[:, 0], back[:, 0]
+
+    def choose(self, h: mx.array, sampling: Sampling, positions: mx.array) -> mx.array:
+        """Draw from the logits of h [B, width], unfiltered, at positions [B, 1]: [B]."""
+        head = self.model.embed_tokens
         if not self.config.use_ordered_embeddings:
-            return Candidates(self.model.embed_tokens.as_linear(h).astype(mx.float32), None)
-        head, count = self.masked_embedding, self.config.centroid_intermediate_top_k
-        best = mx.argpartition(-head.centroids(h), count - 1, axis=-1)[:, :count]
-        groups = head.token_ordering.reshape(self.config.num_centroids, -1)
-        ids = groups[best].reshape(h.shape[0], -1)
-        logits = (self.model.embed_tokens(ids) @ h[..., None])[..., 0]
-        return Candidates(logits.astype(mx.float32), ids)
+            return token_head(h[:, None], head, None, sampling, positions)[:, 0]
+        return centroid_head(h, self._centroids(), sampling, positions[:, 0])
+
+    def candidates(self, h: mx.array) -> Candidates:
+        """h: [B, width] -> every token, or those of the best centroids."""
+        head = self.model.embed_tokens
+        if not self.config.use_ordered_embeddings:
+            return Candidates(head_logits(h, head, None), None)
+        return Candidates(*centroid_candidates(h, self._centroids()))
+
+    def _centroids(self) -> CentroidHead:
+        head = self.masked_embedding
+        count = self.config.centroid_intermediate_top_k
+        return CentroidHead(head.centroids, head.token_ordering, self.model.embed_tokens, count)

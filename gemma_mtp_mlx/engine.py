@@ -311,7 +311,7 @@ class Engine:
     def _build_with_host(self, rows: Rows, k: int) -> Round:
         """Build a round in which the host has a say: it reads the drafts while verify runs."""
         assert self._state is not None and self._settings is not None
-        turn = begin(self.models, rows, self._state, self._settings, k)
+        turn = begin(self.models, rows, self._state, self._settings, k, host_decides=True)
         block = draft_block(self.models, self.cache, turn, k)
         mx.async_eval(block)
         verified = verify_block(self.models, self.cache, turn, block)
@@ -319,7 +319,7 @@ class Engine:
         mx.async_eval(verified.logits)
         requests = [row.request for row in self.running]
         rules = host_rules(requests, drafts, self.models.target.config.vocab_size)
-        return decide(verified, turn, rules.edit, rules.masks)
+        return decide(self.models.target, verified, turn, rules.edit, rules.masks)
 
     def _choose_depth(self) -> int:
         """How many tokens to draft: as the costs say, but no more than any row could use."""

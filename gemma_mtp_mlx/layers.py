@@ -5,16 +5,19 @@ gets back what its queries may read, so the same layer serves prefill, verify an
 Source: transformers Gemma4TextDecoderLayer and the classes it uses.
 """
 
-import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from gemma_mtp_mlx.config import LayerConfig, ModelConfig
-from gemma_mtp_mlx.device import fused, on_gpu
-from gemma_mtp_mlx.readers import Turn, Turns, wavelengths
+from gemma_mtp_mlx.kernels.arithmetic import Arithmetic
+from gemma_mtp_mlx.kernels.attention_heads import attention_heads
+from gemma_mtp_mlx.kernels.residual_norm import residual_norm
+from gemma_mtp_mlx.kernels.route import route
+from gemma_mtp_mlx.readers import Turns
 
 
 class Source(Protocol):
@@ -27,10 +30,10 @@ class Source(Protocol):
 class Reader(Protocol):
     """One pass over the cache: a VerifyReader, a PromptReader or a SharedKV of readers.py.
 
-    positions: [B] int32, of the first token of each row; turns: how RoPE turns the tokens there.
+    turns: how RoPE turns its tokens; arithmetic: who computes what mixes a token's channels.
     """
 
-    positions: mx.array
+    arithmetic: Arithmetic
     turns: Turns
 
     def source(self, layer: LayerConfig, block: mx.array | None) -> Source:
@@ -56,70 +59,29 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, reader: Reader) -> mx.array:
         """x: [B, L, E] -> [B, L, E]."""
-        b, length, _ = x.shape
-        queries, block = (self._heads if on_gpu() else self._joined_heads)(x, reader)
+        turn = reader.turns.of(self._layer)
+        queries, block = attention_heads(
+            self._project(x, reader), self._norm_weights(), turn, self._eps
+        )
         out = reader.source(self._layer, block).attend(queries)
-        return self.o_proj(out.swapaxes(1, 2).reshape(b, length, -1))
-
-    def _heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, mx.array | None]:
-        """Queries [B, H, L, D], and the block if the layer owns one; a launch per norm and RoPE."""
-        queries, *new = self._project(x)
-        queries = self._rotate(self.q_norm(queries), reader.positions)
-        if not new:
-            return queries, None
-        keys = self._rotate(self.k_norm(new[0]), reader.positions)
-        values = mx.fast.rms_norm(new[-1], None, self._eps).swapaxes(1, 2)
-        return queries, mx.concatenate([keys, values], axis=1)
-
-    def _joined_heads(self, x: mx.array, reader: Reader) -> tuple[mx.array, mx.array | None]:
-        """The same for a CPU, where a norm or a RoPE is a dozen operations: all heads at once."""
-        parts = self._project(x)
-        norms = [self.q_norm, self.k_norm] if self._layer.owns_kv else [self.q_norm]
-        weights = mx.concatenate(
-            [mx.broadcast_to(n.weight, p.shape[2:]) for n, p in zip(norms, parts, strict=False)]
+        (out,) = reader.arithmetic.project(
+            out.swapaxes(1, 2).reshape(*x.shape[:2], -1), self.o_proj
         )
-        normed = mx.fast.rms_norm(mx.concatenate(parts, axis=2), None, self._eps)
-        turned = _turn(normed[:, :, : len(weights)] * weights, reader.turns.of(self._layer))
+        return out
+
+    def _project(self, x: mx.array, reader: Reader) -> list[mx.array]:
+        """Raw queries, keys and values, [B, L, heads * D]; only queries if K/V are shared."""
         if not self._layer.owns_kv:
-            return turned.swapaxes(1, 2), None
-        heads = mx.concatenate([turned, normed[:, :, len(weights) :]], axis=2).swapaxes(1, 2)
-        count = parts[0].shape[2]
-        return heads[:, :count], heads[:, count:]
+            return reader.arithmetic.project(x, self.q_proj)
+        if self._layer.k_eq_v:
+            queries, keys = reader.arithmetic.project(x, self.q_proj, self.k_proj)
+            return [queries, keys, keys]
+        return reader.arithmetic.project(x, self.q_proj, self.k_proj, self.v_proj)
 
-    def _project(self, x: mx.array) -> list[mx.array]:
-        """Raw queries, keys and values, [B, L, heads, D]; only queries if the layer shares K/V."""
-        parts = [self.q_proj(x)]
-        if self._layer.owns_kv:
-            parts.append(self.k_proj(x))
-            parts.append(parts[1] if self._layer.k_eq_v else self.v_proj(x))
-        return [part.reshape(*x.shape[:2], -1, self._layer.head_dim) for part in parts]
-
-    def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
-        """RoPE of [B, L, heads, D], the first at positions [B]. Returns [B, heads, L, D]."""
-        return mx.fast.rope(
-            x.swapaxes(1, 2),
-            self._layer.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=positions,
-            freqs=wavelengths(self._layer),
-        )
-
-
-def _turn(x: mx.array, turn: Turn) -> mx.array:
-    """RoPE of [B, L, heads, D], computed in float32."""
-    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
-    turned = halves * turn.cos + halves[..., ::-1, :] * turn.sin
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-@fused
-def _geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up with the tanh form of gelu, computed in float32."""
-    g = gate.astype(mx.float32)
-    inner = g * (math.sqrt(2 / math.pi) + math.sqrt(2 / math.pi) * 0.044715 * (g * g))
-    return (g * (0.5 + 0.5 * mx.tanh(inner))).astype(gate.dtype) * up
+    def _norm_weights(self) -> list[mx.array]:
+        if not self._layer.owns_kv:
+            return [self.q_norm.weight]
+        return [self.q_norm.weight, self.k_norm.weight]
 
 
 class MLP(nn.Module):
@@ -131,31 +93,20 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, arithmetic: Arithmetic) -> mx.array:
         """x: [..., E] -> [..., E]."""
-        return self.down_proj(_geglu(self.gate_proj(x), self.up_proj(x)))
+        inner = arithmetic.gated(x, self.gate_proj, self.up_proj)
+        return arithmetic.project(inner, self.down_proj)[0]
 
 
 class Router(nn.Module):
-    """Choose experts: softmax over all, the top k renormalised, each scaled by its own factor."""
+    """Chooses experts; see kernels/route.py."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self._k = config.top_k_experts
-        self._eps = config.rms_norm_eps
-        self._root = config.hidden_size**-0.5
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x: [..., E] -> expert numbers and weights, [..., k] each."""
-        x = mx.fast.rms_norm(x, self.scale * self._root, self._eps)
-        scores = self.proj(x)
-        chosen = mx.argpartition(-scores, self._k - 1, axis=-1)[..., : self._k]
-        # Renormalised softmax over the chosen is softmax over all, divided by the chosen's sum.
-        weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
-        return chosen, weights * self.per_expert_scale[chosen]
 
 
 class SwitchGLU(nn.Module):
@@ -168,35 +119,20 @@ class SwitchGLU(nn.Module):
         self.up_proj = SwitchLinear(width, inner, count, bias=False)
         self.down_proj = SwitchLinear(inner, width, count, bias=False)
 
-    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """x: [..., E], chosen: [..., k] -> [..., k, E]."""
-        x = x[..., None, None, :]
-        gate = _expert_matmul(self.gate_proj, x, chosen)
-        up = _expert_matmul(self.up_proj, x, chosen)
-        return _expert_matmul(self.down_proj, _geglu(gate, up), chosen).squeeze(-2)
-
-
-def _expert_matmul(
-    proj: SwitchLinear | QuantizedSwitchLinear, x: mx.array, chosen: mx.array
-) -> mx.array:
-    if isinstance(proj, SwitchLinear) and not on_gpu():
-        # MLX's CPU backend has gather_mm in float32 only.
-        weight = proj.weight.swapaxes(-1, -2).astype(mx.float32)
-        out = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=chosen)
-        return out.astype(x.dtype)
-    return proj(x, chosen)
-
 
 class Experts(nn.Module):
-    """The experts a router chose, weighted and summed."""
+    """The experts a router chooses from."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.switch_glu = SwitchGLU(config)
 
-    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x: [..., E] -> [..., E]."""
-        return (self.switch_glu(x, chosen) * weights[..., None].astype(x.dtype)).sum(axis=-2)
+
+class Stream(NamedTuple):
+    """What goes from layer to layer: the hidden state, and the same after the next one's norm."""
+
+    h: mx.array  # [B, L, E]
+    normed: mx.array
 
 
 class DecoderLayer(nn.Module):
@@ -205,7 +141,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self._moe = config.num_experts > 0
+        self._eps = eps
+        self._moe, self._top_k = config.num_experts > 0, config.top_k_experts
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(width, layer.intermediate_size)
         self.input_layernorm = nn.RMSNorm(width, eps=eps)
@@ -226,20 +163,51 @@ class DecoderLayer(nn.Module):
             self.post_per_layer_input_norm = nn.RMSNorm(width, eps=eps)
 
     def __call__(
-        self, h: mx.array, reader: Reader, per_layer_input: mx.array | None = None
-    ) -> mx.array:
-        """h: [B, L, E], per_layer_input: [B, L, P] -> [B, L, E]."""
-        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), reader))
-        h = h + self.post_feedforward_layernorm(self._feed_forward(h))
+        self,
+        stream: Stream,
+        reader: Reader,
+        next_norm: nn.RMSNorm,
+        per_layer_input: mx.array | None = None,
+    ) -> Stream:
+        """Run the layer. next_norm: of what comes after it; per_layer_input: [B, L, P]."""
+        attended = self.self_attn(stream.normed, reader)
+        norms = [self.pre_feedforward_layernorm]
+        if self._moe:
+            norms.append(self.pre_feedforward_layernorm_2)
+        after = self.post_attention_layernorm
+        h, normed = self._add(stream.h, [attended], [after], norms)
+        added = [self.mlp(normed[0], reader.arithmetic)]
+        norms = [self.post_feedforward_layernorm]
+        if self._moe:
+            added.append(self._experts(h, normed[1], reader.arithmetic))
+            norms += [self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2]
         if per_layer_input is not None:
-            gated = _geglu(self.per_layer_input_gate(h), per_layer_input)
-            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * self.layer_scalar
+            h, _ = self._add(h, added, norms, [])
+            gate = self.per_layer_input_gate
+            gated = reader.arithmetic.gated_by(h, gate, per_layer_input)
+            added = reader.arithmetic.project(gated, self.per_layer_projection)
+            norms = [self.post_per_layer_input_norm]
+        h, normed = self._add(h, added, norms, [next_norm], self.layer_scalar)
+        return Stream(h, normed[0])
 
-    def _feed_forward(self, h: mx.array) -> mx.array:
-        dense = self.mlp(self.pre_feedforward_layernorm(h))
-        if not self._moe:
-            return dense
-        chosen, weights = self.router(h)
-        sparse = self.experts(self.pre_feedforward_layernorm_2(h), chosen, weights)
-        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
+    def _experts(self, h: mx.array, normed: mx.array, arithmetic: Arithmetic) -> mx.array:
+        router = self.router
+        chosen, weights = route(
+            h, router.proj, router.scale, router.per_expert_scale, self._top_k, self._eps
+        )
+        glu = self.experts.switch_glu
+        return arithmetic.experts(
+            normed, chosen, weights, glu.gate_proj, glu.up_proj, glu.down_proj
+        )
+
+    def _add(
+        self,
+        h: mx.array,
+        added: Sequence[mx.array],
+        norms: Sequence[nn.RMSNorm],
+        nexts: Sequence[nn.RMSNorm],
+        scalar: mx.array | None = None,
+    ) -> tuple[mx.array, list[mx.array]]:
+        """residual_norm, with the weights of these norms."""
+        weights, next_weights = [n.weight for n in norms], [n.weight for n in nexts]
+        return residual_norm(h, added, weights, scalar, next_weights, self._eps)

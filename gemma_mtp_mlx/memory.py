@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from gemma_mtp_mlx.cache import position_bytes, ring_size, seat_size, window_bytes
 from gemma_mtp_mlx.config import ModelConfig
-from gemma_mtp_mlx.device import on_gpu
 
 CHUNK = 512  # prompt tokens computed at a time; also where prompts may be taken over
 PREFIX_SHARE = 0.25
@@ -41,14 +40,14 @@ class Plan:
 
 def device_bytes() -> int:
     """Bytes that MLX may use on this device: the recommended working set, or physical memory."""
-    if on_gpu():
+    if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def wire_memory() -> None:
     """Keep what MLX holds resident on a Mac, as mlx_lm does: a page brought back is a stall."""
-    if on_gpu():
+    if mx.metal.is_available():
         mx.set_wired_limit(device_bytes())
 
 

@@ -36,6 +36,9 @@ DraftModel = Annotated[
 DraftTokens = Annotated[
     str, opt("auto|N", "Tokens drafted per round, 0 to 15; auto looks for the fastest.")
 ]
+Fast = Annotated[
+    bool, flag("On a GPU, MLX's kernels where they win: the same text up to numerical ties.")
+]
 PromptFile = Annotated[str | None, opt("FILE", "A file with a prompt; - is stdin.")]
 System = Annotated[str | None, opt("TEXT", "A system message, put first.")]
 NoTemplate = Annotated[bool, flag("Take the prompt as it is.", "--ignore-chat-template")]

@@ -27,10 +27,13 @@ class Outcome(NamedTuple):
     logprobs: list[Logprob]
 
 
-def make_report(logits: mx.array, choices: mx.array, count: mx.array, top: int | None) -> mx.array:
+def make_report(
+    logits: mx.array | None, choices: mx.array, count: mx.array, top: int | None
+) -> mx.array:
     """One int32 array of all the host reads: choices, count, alternatives' ids, logprobs' bits."""
     parts = [choices, count]
     if top is not None:
+        assert logits is not None
         b = choices.shape[0]
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         values = mx.take_along_axis(logprobs, choices[..., None], axis=-1)

@@ -5,13 +5,14 @@ A reader lives as long as one pass. It holds views of the cache, so it must be g
 
 import copy
 from functools import cache as cached
-from typing import NamedTuple
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from gemma_mtp_mlx.attention import (
     BlockSource,
+    Kind,
     PromptSource,
     Rows,
     View,
@@ -21,20 +22,14 @@ from gemma_mtp_mlx.attention import (
 )
 from gemma_mtp_mlx.cache import Cache, Seat
 from gemma_mtp_mlx.config import LayerConfig
-
-
-class Turn(NamedTuple):
-    """How RoPE turns a pass's heads, float32: the halves of a head are x * cos + swapped x * sin.
-
-    cos: [B, L, 1, 1, D / 2]; sin: [B, L, 1, 2, D / 2], the first half negated.
-    """
-
-    cos: mx.array
-    sin: mx.array
+from gemma_mtp_mlx.device import on_gpu
+from gemma_mtp_mlx.kernels.arithmetic import OWN, STOCK, Arithmetic
+from gemma_mtp_mlx.kernels.attention_heads import Turn
+from gemma_mtp_mlx.kernels.verify_attention import KernelSource
 
 
 class Turns:
-    """The turns of a pass's tokens, computed once for each of the two kinds of layers."""
+    """The turns of a pass's tokens, one for each of the two kinds of layers."""
 
     def __init__(self, positions: mx.array, length: int) -> None:
         """positions: [B] int32, of the first of `length` consecutive tokens per row."""
@@ -44,10 +39,7 @@ class Turns:
     def of(self, layer: LayerConfig) -> Turn:
         """Return the turn of the layer's heads."""
         if layer.sliding not in self._turns:
-            positions = (self._positions[:, None] + mx.arange(self._length))[..., None, None, None]
-            angles = positions / wavelengths(layer)
-            sin = mx.sin(angles)
-            turn = Turn(mx.cos(angles), mx.concatenate([-sin, sin], axis=-2))
+            turn = Turn(self._positions, self._length, wavelengths(layer))
             self._turns[layer.sliding] = turn
         return self._turns[layer.sliding]
 
@@ -60,35 +52,55 @@ def wavelengths(layer: LayerConfig) -> mx.array:
     return mx.array(np.concatenate([layer.rope_theta**exponents, still]), mx.float32)
 
 
+class Sight:
+    """What the queries of one pass see in one kind of layer."""
+
+    def __init__(self, rows: Rows, kind: Kind, length: int | None = None) -> None:
+        """length: new positions per row, or None for a drafter's query over the cache alone."""
+        self._rows, self._kind, self._length = rows, kind, length
+
+    @cached_property
+    def _view(self) -> View:
+        if self._length is None:
+            return cache_view(self._rows, self._kind)
+        return block_view(self._rows, self._length, self._kind)
+
+    def read(self, storage: mx.array, block: mx.array | None) -> BlockSource | KernelSource:
+        """Return what a layer's queries read. storage: [2G, N, D]; block: [B, 2G, L, D]."""
+        if on_gpu():
+            return KernelSource(storage, block, self._rows, self._kind)
+        return read_block(storage, block, self._view)
+
+
 class VerifyReader:
     """One verify pass over a batch: collects each layer's block and serves what queries read."""
 
-    def __init__(self, cache: Cache, rows: Rows, length: int) -> None:
-        self.positions = rows.lengths  # [B] int32: RoPE position of the block's first token
+    def __init__(self, cache: Cache, rows: Rows, length: int, arithmetic: Arithmetic = OWN) -> None:
+        self.arithmetic = arithmetic
         self.turns = Turns(rows.lengths, length)
         self.blocks: dict[int, mx.array] = {}
         self._cache = cache
-        self._sources: dict[int, BlockSource] = {}
-        self._views: dict[bool, View] = {
-            sliding: block_view(rows, length, cache.kind(sliding=sliding))
-            for sliding in (True, False)
+        self._sources: dict[int, BlockSource | KernelSource] = {}
+        self._sights = {
+            sliding: Sight(rows, cache.kind(sliding=sliding), length) for sliding in (True, False)
         }
 
-    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource:
+    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource | KernelSource:
         """Return what the layer's queries read; block: its own new [B, 2G, L, D]."""
         if block is not None:
             self.blocks[layer.index] = block
             storage = self._cache.storage[layer.index]
-            self._sources[layer.index] = read_block(storage, block, self._views[layer.sliding])
+            self._sources[layer.index] = self._sights[layer.sliding].read(storage, block)
         return self._sources[layer.kv_source]
 
 
 class PromptReader:
     """One prefill pass over a chunk of one row's prompt, at positions start, start + 1, ..."""
 
+    arithmetic = STOCK  # a chunk is computed alone, always in the same one: MLX's kernels will do
+
     def __init__(self, cache: Cache, seat: Seat, start: int, length: int) -> None:
-        self.positions = mx.array([start])
-        self.turns = Turns(self.positions, length)
+        self.turns = Turns(mx.array([start]), length)
         self.blocks: dict[int, mx.array] = {}
         self._cache, self._seat, self._start = cache, seat, start
         self._sources: dict[int, PromptSource] = {}
@@ -101,8 +113,7 @@ class PromptReader:
     def at_end(self, length: int) -> "PromptReader":
         """Return a reader of the same pass for queries at the chunk's last position only."""
         end = copy.copy(self)
-        end.positions = self.positions + length - 1
-        end.turns = Turns(end.positions, 1)
+        end.turns = Turns(mx.array([self._start + length - 1]), 1)
         return end
 
     def source(self, layer: LayerConfig, block: mx.array | None) -> PromptSource:
@@ -123,23 +134,19 @@ class SharedKV:
     than the target's own rule (transformers Gemma4AssistantForCausalLM.create_attention_masks).
     """
 
-    def __init__(self, cache: Cache, rows: Rows) -> None:
+    def __init__(self, cache: Cache, rows: Rows, arithmetic: Arithmetic = OWN) -> None:
+        self.arithmetic = arithmetic
         self.rows = rows
-        self.positions = rows.lengths  # [B] int32: of the bonus token, constant while drafting
-        self.turns = Turns(rows.lengths, 1)
+        self.turns = Turns(rows.lengths, 1)  # the bonus token's position, constant while drafting
         window = cache.config.sliding_window + 1
-        views = {
-            sliding: cache_view(rows, cache.kind(sliding=sliding, window=window))
+        self._sources = {
+            sliding: Sight(rows, cache.kind(sliding=sliding, window=window)).read(
+                cache.storage[cache.config.last_owner(sliding=sliding).index], None
+            )
             for sliding in (True, False)
         }
-        self._sources = {
-            sliding: read_block(
-                cache.storage[cache.config.last_owner(sliding=sliding).index], None, view
-            )
-            for sliding, view in views.items()
-        }
 
-    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource:
+    def source(self, layer: LayerConfig, block: mx.array | None) -> BlockSource | KernelSource:
         """Return what the layer's queries read. A drafter's layers never own keys and values."""
         assert block is None
         return self._sources[layer.sliding]

@@ -14,7 +14,10 @@ from gemma_mtp_mlx.acceptance import accept
 from gemma_mtp_mlx.attention import Rows
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
 from gemma_mtp_mlx.constraint import apply_masks
-from gemma_mtp_mlx.drafter import Candidates, Drafter
+from gemma_mtp_mlx.device import on_gpu
+from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.kernels.arithmetic import OWN, Arithmetic
+from gemma_mtp_mlx.kernels.draw_tokens import draw_tokens
 from gemma_mtp_mlx.outcome import make_report
 from gemma_mtp_mlx.penalties import (
     Penalties,
@@ -29,6 +32,7 @@ from gemma_mtp_mlx.sampling import (
     batch_sampling,
     draw,
     gumbel,
+    keep_likely,
 )
 from gemma_mtp_mlx.target import Target
 
@@ -72,10 +76,11 @@ class DecodeState(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The models of a round; drafter is None for plain decoding."""
+    """The models of a round, and who computes in it; drafter is None for plain decoding."""
 
     target: Target
     drafter: Drafter | None
+    arithmetic: Arithmetic = OWN
 
 
 class Settings(NamedTuple):
@@ -87,39 +92,56 @@ class Settings(NamedTuple):
     limits: mx.array | None
     top_logprobs: int | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from logits as they are."""
+        sampling = self.sampling
+        return self.penalties is None and not (sampling.noisy and sampling.filtered)
+
 
 class Round(NamedTuple):
     """A round's results.
 
     block: [B, L] int32, the bonus tokens and the drafts, as verified;
-    report: [B, ...] int32 of `unpack`; logits: [B, L, V] float32, what the choices were drawn from;
+    report: [B, ...] int32 of `unpack`; logits: [B, L, V] float32, what the choices were drawn from,
+    None where they were drawn without;
     rows, blocks: the new keys and values per owning layer and where they are to be committed;
     state: the rows afterwards.
     """
 
     block: mx.array
     report: mx.array
-    logits: mx.array
+    logits: mx.array | None
     rows: Rows
     blocks: dict[int, mx.array]
     state: DecodeState
 
 
 class Turn(NamedTuple):
-    """A round about to be run: whose, from where, how, and the noise of its draws ([B, L, V])."""
+    """A round about to be run: whose, from where, how.
+
+    positions: [B, L] int32 of the tokens to be drawn; noise: [B, L, V] of the draws, or None if
+    there is none or it is made where it is used; bare: whether the target's tokens can be drawn
+    from hidden states, by a kernel that writes no logits.
+    """
 
     rows: Rows
     state: DecodeState
     settings: Settings
+    positions: mx.array
     noise: mx.array | None
+    bare: bool
 
 
 class Verified(NamedTuple):
-    """What the target says to a block: hidden [B, L, E], logits [B, L, V] float32, unprocessed."""
+    """What the target says to a block.
+
+    hidden: [B, L, E]; logits: [B, L, V] float32, unprocessed, None in a bare turn.
+    """
 
     block: mx.array
     hidden: mx.array
-    logits: mx.array
+    logits: mx.array | None
     blocks: dict[int, mx.array]
 
 
@@ -143,55 +165,77 @@ def build_round(
     """Build the graph of one round with k drafts per row (0 without a drafter)."""
     turn = begin(models, rows, state, settings, k)
     block = draft_block(models, cache, turn, k)
-    return decide(verify_block(models, cache, turn, block), turn)
+    return decide(models.target, verify_block(models, cache, turn, block), turn)
 
 
-def begin(models: Models, rows: Rows, state: DecodeState, settings: Settings, k: int) -> Turn:
-    """Prepare a round of blocks of k + 1."""
-    noise = _noise(settings, state.lengths + 1, k + 1, models.target.config.vocab_size)
-    return Turn(rows, state, settings, noise)
+def begin(
+    models: Models,
+    rows: Rows,
+    state: DecodeState,
+    settings: Settings,
+    k: int,
+    *,
+    host_decides: bool = False,
+) -> Turn:
+    """Prepare a round of blocks of k + 1. host_decides: about any of its tokens."""
+    positions = state.lengths[:, None] + mx.arange(1, k + 2)
+    bare = on_gpu() and settings.plain and settings.top_logprobs is None and not host_decides
+    noise = None
+    if not (on_gpu() and settings.plain):
+        noise = gumbel(settings.sampling, positions, models.target.config.vocab_size)
+    return Turn(rows, state, settings, positions, noise, bare)
 
 
 def draft_block(models: Models, cache: Cache, turn: Turn, k: int) -> mx.array:
     """Draft. Returns the bonus tokens and k drafts, [B, k + 1] int32."""
-    target, drafter = models
-    rows, state, settings, noise = turn
+    target, drafter, arithmetic = models
+    state, settings, noise = turn.state, turn.settings, turn.noise
     block = state.tokens[:, None]
     if drafter is None or not k:
         return block
 
-    def draw_draft(candidates: Candidates, step: int) -> mx.array:
-        logits, ids = candidates
+    def draw_draft(h: mx.array, step: int) -> mx.array:
+        if on_gpu() and settings.plain:
+            return drafter.choose(h, settings.sampling, turn.positions[:, step : step + 1])
+        logits, ids = drafter.candidates(h)
         if settings.penalties is not None:
             logits = bias_candidates(logits, ids, settings.penalties)
         at_step = None if noise is None else noise[:, step : step + 1]
         ids = None if ids is None else ids[:, None]
         return draw(logits[:, None], at_step, settings.sampling, ids)[:, 0]
 
-    shared = SharedKV(cache, rows)
+    shared = SharedKV(cache, turn.rows, arithmetic)
     drafts = drafter.draft(state.tokens, state.hidden, shared, target.embed, draw_draft, k)
     return mx.concatenate([block, drafts], axis=1)
 
 
 def verify_block(models: Models, cache: Cache, turn: Turn, block: mx.array) -> Verified:
     """Run the target over a block [B, L]."""
-    reader = VerifyReader(cache, turn.rows, block.shape[1])
+    reader = VerifyReader(cache, turn.rows, block.shape[1], models.arithmetic)
     hidden = models.target.verify(block, reader)
-    return Verified(block, hidden, models.target.logits(hidden), reader.blocks)
+    logits = None if turn.bare else models.target.logits(hidden)
+    return Verified(block, hidden, logits, reader.blocks)
 
 
 def decide(
-    verified: Verified, turn: Turn, edit: Edit | None = None, masks: mx.array | None = None
+    target: Target,
+    verified: Verified,
+    turn: Turn,
+    edit: Edit | None = None,
+    masks: mx.array | None = None,
 ) -> Round:
     """Draw the target's own tokens and keep the drafts that agree.
 
     edit: the host's logits processors; masks: [B, L, words] uint32 allowed tokens, or None.
     """
-    block, hidden, raw, blocks = verified
-    rows, state, settings, noise = turn
+    block, hidden, logits, blocks = verified
+    rows, state, settings = turn.rows, turn.state, turn.settings
     drafts = block[:, 1:]
-    logits = _process(raw, state.recent, drafts, settings.penalties, edit, masks)
-    choices = draw(logits, noise, settings.sampling)
+    if logits is None:
+        choices = target.choose(hidden, settings.sampling, turn.positions)
+    else:
+        logits = _process(logits, state.recent, drafts, settings.penalties, edit, masks)
+        choices = _draw(logits, turn.positions, turn.noise, settings.sampling)
     count = accept(drafts, choices, settings.limits)[:, None]
     place = mx.broadcast_to(count[..., None], (*count.shape, hidden.shape[-1]))
     after = DecodeState(
@@ -218,16 +262,23 @@ def first_tokens(
     logits = target.logits(state.hidden[:, None])
     nothing = mx.zeros((logits.shape[0], 0), mx.int32)
     logits = _process(logits, state.recent, nothing, settings.penalties, edit, masks)
-    noise = _noise(settings, state.lengths, 1, logits.shape[-1])
-    tokens = draw(logits, noise, settings.sampling)
+    positions = state.lengths[:, None]
+    noise = None if on_gpu() else gumbel(settings.sampling, positions, logits.shape[-1])
+    tokens = _draw(logits, positions, noise, settings.sampling)
     count = mx.zeros_like(tokens)
     after = state._replace(tokens=tokens[:, 0], recent=_append(state.recent, tokens, count))
     return make_report(logits, tokens, count, settings.top_logprobs), after
 
 
-def _noise(settings: Settings, first: mx.array, count: int, vocab_size: int) -> mx.array | None:
-    """Noise for the draws of the tokens at positions first [B], first + 1, ..., or None."""
-    return gumbel(settings.sampling, first[:, None] + mx.arange(count), vocab_size)
+def _draw(
+    logits: mx.array, positions: mx.array, noise: mx.array | None, sampling: Sampling
+) -> mx.array:
+    """Draw the target's tokens [B, L] from processed logits [B, L, V]."""
+    if not on_gpu():
+        return draw(logits, noise, sampling)
+    if sampling.noisy and sampling.filtered:
+        logits = keep_likely(logits, sampling)
+    return draw_tokens(logits, sampling, positions)
 
 
 def _process(

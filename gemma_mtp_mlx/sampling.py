@@ -170,7 +170,7 @@ def draw(
     """
     if noise is not None:
         if sampling.filtered:
-            logits = _filter(logits, sampling)
+            logits = keep_likely(logits, sampling)
         if ids is not None:
             noise = mx.take_along_axis(noise, ids, axis=-1)
         temperature = sampling.temperature[:, None, None]
@@ -182,7 +182,7 @@ def draw(
     return best.astype(mx.int32)
 
 
-def _filter(logits: mx.array, sampling: Sampling) -> mx.array:
+def keep_likely(logits: mx.array, sampling: Sampling) -> mx.array:
     """Set what top-k, top-p and min-p exclude to -inf; each sees the whole distribution."""
     ordered = -mx.sort(-logits, axis=-1)
     top = ordered[..., :1]

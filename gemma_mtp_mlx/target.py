@@ -4,13 +4,19 @@ Parameter names are mlx_lm's, so a folder written for it loads without renaming.
 Source: transformers Gemma4TextModel, Gemma4ForCausalLM.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mtp_mlx.config import ModelConfig
-from gemma_mtp_mlx.device import fused
-from gemma_mtp_mlx.layers import DecoderLayer
+from gemma_mtp_mlx.kernels.arithmetic import Arithmetic
+from gemma_mtp_mlx.kernels.embed_tokens import embed_tokens
+from gemma_mtp_mlx.kernels.per_layer_inputs import per_layer_inputs
+from gemma_mtp_mlx.kernels.token_head import head_logits, token_head
+from gemma_mtp_mlx.layers import DecoderLayer, Stream
 from gemma_mtp_mlx.readers import PromptReader, VerifyReader
+from gemma_mtp_mlx.sampling import Sampling
 
 
 class TextModel(nn.Module):
@@ -31,22 +37,34 @@ class TextModel(nn.Module):
                 config.hidden_size_per_layer_input, eps=config.rms_norm_eps
             )
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """tokens: [..., L] -> [..., L, E], scaled by sqrt(E) in the weights' dtype."""
-        embedding = self.embed_tokens(tokens)
-        return embedding * mx.array(self._config.hidden_size**0.5, embedding.dtype)
+    def embed(self, tokens: mx.array, beside: mx.array | None = None) -> mx.array:
+        """tokens: [B, L] -> [B, L, E], scaled by sqrt(E); [B, L, 2E] with what is put beside."""
+        return embed_tokens(self.embed_tokens, tokens, self._config.hidden_size**0.5, beside)
 
-    def per_layer_inputs(self, tokens: mx.array, embedding: mx.array) -> list[mx.array | None]:
-        """One [B, L, P] per layer, from the token and from its embedding; None where unused."""
-        size, count = self._config.hidden_size_per_layer_input, len(self._config.layers)
-        if not size:
-            return [None] * count
-        by_token = self.embed_tokens_per_layer(tokens)
-        by_token = by_token * mx.array(size**0.5, by_token.dtype)
-        context = self.per_layer_model_projection(embedding) * self._config.hidden_size**-0.5
-        context = self.per_layer_projection_norm(context.reshape(*tokens.shape, count, size))
-        inputs = (context + by_token.reshape(*tokens.shape, count, size)) * 2.0**-0.5
-        return [inputs[:, :, i] for i in range(count)]
+    def begin(
+        self, tokens: mx.array, arithmetic: Arithmetic
+    ) -> tuple[Stream, Sequence[mx.array | None]]:
+        """tokens: [B, L] -> what the first layer takes, and one [B, L, P] or None per layer."""
+        h = self.embed(tokens)
+        inputs = self._per_layer_inputs(tokens, h, arithmetic)
+        return Stream(h, self.layers[0].input_layernorm(h)), inputs
+
+    def norm_after(self, layer: int) -> nn.RMSNorm:
+        """Return the norm of what follows a layer."""
+        if layer + 1 < len(self.layers):
+            return self.layers[layer + 1].input_layernorm
+        return self.norm
+
+    def _per_layer_inputs(
+        self, tokens: mx.array, embedding: mx.array, arithmetic: Arithmetic
+    ) -> Sequence[mx.array | None]:
+        config = self._config
+        if not config.hidden_size_per_layer_input:
+            return [None] * len(self.layers)
+        (context,) = arithmetic.project(embedding, self.per_layer_model_projection)
+        by_token = embed_tokens(self.embed_tokens_per_layer, tokens, None, None)
+        weight = self.per_layer_projection_norm.weight
+        return per_layer_inputs(context, by_token, weight, config.hidden_size, config.rms_norm_eps)
 
 
 class Target(nn.Module):
@@ -62,17 +80,14 @@ class Target(nn.Module):
         """The dtype of activations, and so of keys and values."""
         return self.model.norm.weight.dtype
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """tokens: [..., L] -> scaled embedding [..., L, E]: also a drafter's input."""
-        return self.model.embed(tokens)
+    def embed(self, tokens: mx.array, beside: mx.array) -> mx.array:
+        """What a drafter reads: tokens' [B, L] scaled embeddings, and beside them [B, L, E]."""
+        return self.model.embed(tokens, beside)
 
     def verify(self, tokens: mx.array, reader: VerifyReader) -> mx.array:
         """Run a block. tokens: [B, L]. Returns the hidden state after the final norm [B, L, E]."""
-        h = self.model.embed(tokens)
-        inputs = self.model.per_layer_inputs(tokens, h)
-        for layer, per_layer_input in zip(self.model.layers, inputs, strict=True):
-            h = layer(h, reader, per_layer_input)
-        return self.model.norm(h)
+        stream, inputs = self.model.begin(tokens, reader.arithmetic)
+        return self._run(range(len(inputs)), stream, reader, inputs).normed
 
     def prefill(self, tokens: mx.array, reader: PromptReader, *, last: bool) -> mx.array | None:
         """Run a prompt chunk. tokens: [1, T].
@@ -82,27 +97,32 @@ class Target(nn.Module):
         Returns: the hidden state after the final norm at the last position, [1, E]; None if not
         the last chunk.
         """
-        h = self.model.embed(tokens)
-        inputs = self.model.per_layer_inputs(tokens, h)
+        stream, inputs = self.model.begin(tokens, reader.arithmetic)
         owners = self.config.num_owning_layers
-        for layer, per_layer_input in zip(self.model.layers[:owners], inputs, strict=False):
-            h = layer(h, reader, per_layer_input)
+        stream = self._run(range(owners), stream, reader, inputs)
         if not last:
             return None
-        h = h[:, -1:]
         end = reader.at_end(tokens.shape[1])
-        for layer, per_layer_input in zip(self.model.layers[owners:], inputs[owners:], strict=True):
-            trimmed = None if per_layer_input is None else per_layer_input[:, -1:]
-            h = layer(h, end, trimmed)
-        return self.model.norm(h)[:, 0]
+        stream = Stream(*(x[:, -1:] for x in stream))
+        trimmed = [None if x is None else x[:, -1:] for x in inputs]
+        return self._run(range(owners, len(inputs)), stream, end, trimmed).normed[:, 0]
+
+    def _run(
+        self,
+        layers: range,
+        stream: Stream,
+        reader: VerifyReader | PromptReader,
+        inputs: Sequence[mx.array | None],
+    ) -> Stream:
+        for i in layers:
+            stream = self.model.layers[i](stream, reader, self.model.norm_after(i), inputs[i])
+        return stream
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: [..., E] after the final norm -> float32 logits [..., V], softcapped."""
-        logits = self.model.embed_tokens.as_linear(hidden).astype(mx.float32)
+        return head_logits(hidden, self.model.embed_tokens, self.config.final_logit_softcapping)
+
+    def choose(self, hidden: mx.array, sampling: Sampling, positions: mx.array) -> mx.array:
+        """Draw from the logits of hidden [B, L, E], unfiltered, at positions [B, L]: [B, L]."""
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else _softcap(logits, cap)
-
-
-@fused
-def _softcap(logits: mx.array, cap: float) -> mx.array:
-    return mx.tanh(logits / cap) * cap
+        return token_head(hidden, self.model.embed_tokens, cap, sampling, positions)

@@ -99,8 +99,8 @@ def draft(
     state = mx.array(hidden)[None]
     logits, states = [], []
     for token in tokens:
-        candidates, state = drafter.step(target.embed(mx.array([[token]])), state, reader)
-        logits.append(_whole(candidates, config.vocab_size))
+        h, state = drafter.step(target.embed(mx.array([[token]]), state[:, None]), reader)
+        logits.append(_whole(drafter.candidates(h), config.vocab_size))
         states.append(np.array(state[0]))
     return np.stack(logits), np.stack(states)
 
@@ -129,3 +129,7 @@ class Recorder(Drafter):
         """Propose what the other drafter proposes."""
         self.proposals.append(self._inner.draft(tokens, hidden, shared, embed, draw, k))
         return self.proposals[-1]
+
+    def candidates(self, h: mx.array) -> Candidates:
+        """Choose from what the other drafter chooses from."""
+        return self._inner.candidates(h)

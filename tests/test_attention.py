@@ -5,10 +5,6 @@ import numpy as np
 import pytest
 
 from gemma_mtp_mlx.attention import Kind, Rows, block_view, cache_view, read_block
-from gemma_mtp_mlx.layers import Attention
-from gemma_mtp_mlx.readers import Turns
-from tests.checkpoints import FAMILIES
-from tests.conftest import LoadPair
 
 G, H, D, RING, WINDOW = 2, 4, 16, 48, 20
 LENGTHS = [1, 31, 32, 70, 1500]
@@ -125,41 +121,3 @@ def test_a_query_does_not_depend_on_what_is_committed_or_on_who_else_is_there(
     alone = attend(1, 0, 1)
     for length, bound, copies in [(1, 16, 3), (2, 0, 1), (5, 5, 2), (16, 16, 1), (16, 3, 4)]:
         assert mx.array_equal(alone, attend(length, bound, copies))
-
-
-class _Positions:
-    """As much of a reader as making heads needs."""
-
-    def __init__(self, positions: list[int], length: int) -> None:
-        self.positions = mx.array(positions)
-        self.turns = Turns(self.positions, length)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_heads_made_at_once_are_those_made_one_by_one(tiny_pair: LoadPair, family: str) -> None:
-    """On a CPU norms and RoPE are computed for all heads at once, on a GPU by MLX's kernels.
-
-    Their angles, up to 64, are rounded apart by at most 2^-22 of their size.
-    """
-    pair = tiny_pair(family)
-    assert pair.drafter is not None
-    reader = _Positions([0, 7, 60], 4)
-    for config in (pair.target.config, pair.drafter.config.text):
-        x = mx.random.normal((3, 4, config.hidden_size), key=mx.random.key(0))
-        for layer in config.layers:
-            attention = Attention(config, layer)
-            norms = [attention.q_norm, attention.k_norm] if layer.owns_kv else [attention.q_norm]
-            for number, norm in enumerate(norms):  # weights that tell the two apart
-                key = mx.random.key(number)
-                norm.weight = mx.random.uniform(0.5, 2, norm.weight.shape, key=key)
-            queries, block = attention._heads(x, reader)
-            joined, joined_block = attention._joined_heads(x, reader)
-            assert (block is not None) == (joined_block is not None) == layer.owns_kv
-            pairs = [(queries, joined)]
-            if block is not None:
-                pairs += zip(
-                    mx.split(block, 2, axis=1), mx.split(joined_block, 2, axis=1), strict=True
-                )
-            for one, other in pairs:
-                assert one.shape == other.shape
-                assert mx.abs(one - other).max() <= 64 * 2**-22 * mx.abs(one).max()

@@ -13,6 +13,7 @@ COMMANDS = {
         "--model": None,
         "--draft-model": None,
         "--num-draft-tokens": "auto",
+        "--fast": False,
         "--prompt -p": None,
         "--prompt-file": None,
         "--max-tokens -m": 256,
@@ -44,6 +45,7 @@ COMMANDS = {
         "--model": None,
         "--draft-model": None,
         "--num-draft-tokens": "auto",
+        "--fast": False,
         "--batch-size": 8,
         "--kv-budget": None,
         "--max-tokens -m": 256,
@@ -67,7 +69,7 @@ COMMANDS = {
         "--dtype": None,
     },
 }
-MOST_OPTIONS = 28
+MOST_OPTIONS = 29
 
 
 def _commands() -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""Tests of the Metal kernels, each executed by tests/metal."""
