@@ -39,8 +39,11 @@ class OnGPU:
 
 
 @pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor | OnGPU]:
-    """Execute kernels here, checked, and let gemma_mtp_mlx choose them; on a Mac, run them."""
+def metal() -> Iterator[Executor | OnGPU]:
+    """Execute kernels here, checked, and let gemma_mtp_mlx choose them; on a Mac, run them.
+
+    A test's own patches are undone before this one's: it asks for them after `metal`.
+    """
     if mx.metal.is_available():
         notes = OnGPU()
         launch = Kernel.launch
@@ -52,8 +55,9 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor | OnGPU]:
             notes.launches.append(OnGPU.Record(self.name, template, groups, self.threads))
             return results
 
-        monkeypatch.setattr(Kernel, "launch", noted)
-        yield notes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Kernel, "launch", noted)
+            yield notes
         return
     if sys.platform != "linux":
         pytest.skip("kernels run on a Mac's GPU, or are executed on Linux")
