@@ -84,53 +84,59 @@ class Costs:
     """Seconds of a round by batch size and depth: the prior's shape times a smooth correction.
 
     The log of the correction is a Gaussian process, so a size that never ran is believed from those
-    around it, and what is believed comes with how well it is known.
+    around it, and what is believed comes with how well it is known. Along the depth it is a random
+    walk: a curve may jump or turn flat anywhere, and beyond what ran goes on as the prior does.
     Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, eq. 2.23, 2.24.
     """
 
-    WINDOW = 31  # rounds whose median is a cell's time
-    NOISE = 0.05  # of one round's log seconds
+    WINDOW = 63  # rounds that a cell's time is taken from
+    NOISE = 0.08  # of one round's log seconds; more than is usual, so that no single one decides
     # A round longer than this many deviations is set aside (a prompt was processed, memory was
     # collected), unless the one before it at that size and depth was so too.
     ODD = 3.0
-    ONCE = 0.1  # how wrong a size's first round may be; if it was a surprise, half of that
-    DRIFT = 0.003  # log seconds a cell may drift per round not seen (contexts grow)
+    ONCE = 0.05  # how wrong a size's first round may be; if it was a surprise, half of that
+    DRIFT = 0.0015  # log seconds a cell may drift per round not seen (contexts grow)
     CELLS = 48  # the nearest cells are enough, and bound the work
     # Standard deviations of the correction: of the whole (the chip is not known); by batch size;
-    # per doubling of the block; of a single size. Published curves differ from the prior so.
-    WHOLE, BATCH, BLOCK, SINGLE = 3.0, 0.3, 0.25, 0.15
+    # per doubling of the block. Published curves differ from the prior so.
+    WHOLE, BATCH, BLOCK = 3.0, 0.3, 0.3
 
     def __init__(self, prior: Prior, most: int = MOST) -> None:
         self.prior = prior
         self.most = most
-        self.rounds = self.deepest = 0
-        self.times: dict[tuple[int, int], deque[float]] = {}  # log of seconds over the prior's cost
-        self.cells: dict[tuple[int, int], tuple[float, float, int]] = {}  # median, variance, when
+        self.rounds = 0
+        self.cells: dict[tuple[int, int], _Cell] = {}
         self.odd: set[tuple[int, int]] = set()
-        self.once: dict[tuple[int, int], float] = {}
         self._priors: dict[int, tuple[NDArray[np.int64], Floats, Floats]] = {}
+        self._near: dict[int, tuple[list[_Cell], Floats, Floats]] = {}  # for the cells there are
         self._believed: dict[int, tuple[Floats, Floats]] = {}  # since the last round
+
+    @property
+    def deepest(self) -> int:
+        """The most drafts of a round so far."""
+        return max((k for _, k in self.cells), default=0)
 
     def observe(self, rows: int, k: int, seconds: float) -> None:
         """Take note of a round's time."""
         self.rounds += 1
-        ratio = math.log(max(seconds, 1e-9) / self.prior.cost(rows, k))
+        log_seconds = math.log(max(seconds, 1e-9))
+        surprise = 0.0
         if self.cells:
-            log_seconds, spread = self.believed(rows)
-            surprise = math.log(max(seconds, 1e-9)) - float(log_seconds[k])
-            odd = surprise > self.ODD * math.sqrt(spread[k, k] + self.NOISE**2)
-            if odd and (rows, k) not in self.odd:
+            believed, spread = self.believed(rows)
+            surprise = log_seconds - float(believed[k])
+            bound = self.ODD * math.sqrt(spread[k, k] + self.NOISE**2)
+            if surprise > bound and (rows, k) not in self.odd:
                 return self.odd.add((rows, k))
-            self.once.setdefault((rows, k), max(self.ONCE, surprise / 2))
+            if surprise < -bound:  # what ran once only may have been the odd one
+                self.cells = {at: c for at, c in self.cells.items() if len(c.times) > 1}
+                self._near.clear()
         self.odd.discard((rows, k))
-        self.deepest = max(self.deepest, k)
-        times = self.times.setdefault((rows, k), deque(maxlen=self.WINDOW))
-        times.append(ratio)
-        n = len(times)
         self._believed.clear()
-        once = self.once.get((rows, k), self.ONCE) / n**2
-        variance = 1.6 * self.NOISE**2 / n + once**2  # 1.6: of a median, not of a mean
-        self.cells[rows, k] = sorted(times)[(n - 1) // 2], variance, self.rounds
+        if (rows, k) not in self.cells:
+            once = max(self.ONCE, surprise / 2)
+            self.cells[rows, k] = _Cell(deque(maxlen=self.WINDOW), once)
+            self._near.clear()
+        self.cells[rows, k].add(log_seconds - math.log(self.prior.cost(rows, k)), self.rounds)
 
     def believed(self, rows: int) -> tuple[Floats, Floats]:
         """Return the log seconds for K = 0, 1, ... and their covariance."""
@@ -143,13 +149,26 @@ class Costs:
         asked, shape, own = self._priors[rows]
         if not self.cells:
             return shape, own
-        nearest = sorted(self.cells, key=lambda c: (abs(math.log(c[0] / rows)), -self.cells[c][2]))
-        at = np.array(nearest[: self.CELLS])
-        middle, variance, when = np.array([self.cells[c] for c in nearest[: self.CELLS]]).T
-        noise = variance + self.DRIFT**2 * (self.rounds - when)
-        cross = self._kernel(at, asked)
-        weights = np.linalg.solve(self._kernel(at, at) + np.diag(noise), cross)
-        self._believed[rows] = shape + weights.T @ middle, own - weights.T @ cross
+        if rows not in self._near:
+
+            def far(at: tuple[int, int]) -> tuple[float, int]:
+                return abs(math.log(at[0] / rows)), -self.cells[at].when
+
+            at = sorted(self.cells, key=far)[: self.CELLS]
+            kernel = self._kernel(np.array(at), np.array(at))
+            self._near[rows] = (
+                [self.cells[c] for c in at],
+                kernel,
+                self._kernel(np.array(at), asked),
+            )
+        cells, kernel, cross = self._near[rows]
+        middle, n, once, when = np.array(
+            [(c.middle, len(c.times), c.once, c.when) for c in cells]
+        ).T
+        noise = 1.2 * self.NOISE**2 / n + (once / n) ** 2  # 1.2: of a middle half, not of a mean
+        kernel = kernel + np.diag(noise + self.DRIFT**2 * (self.rounds - when))
+        weights = np.linalg.solve(kernel, cross)
+        self._believed[rows] = shape + middle @ weights, own - weights.T @ cross
         return self._believed[rows]
 
     def ms(self) -> dict[int, dict[int, float]]:
@@ -162,10 +181,24 @@ class Costs:
     def _kernel(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> Floats:
         """Covariance of the corrections at two lists of (rows, k)."""
         batch = np.abs(np.log2(a[:, None, 0] / b[None, :, 0]))
-        xa, xb = np.log2(1 + a[:, None, 1]), np.log2(1 + b[None, :, 1])
+        block = np.log2(1 + np.minimum(a[:, None, 1], b[None, :, 1]))
         near = np.exp(-batch / 2)
-        return (
-            self.WHOLE**2
-            + near * (self.BATCH**2 + self.BLOCK**2 * xa * xb)
-            + self.SINGLE**2 * np.exp(-batch - np.abs(xa - xb))
-        )
+        return np.asarray(self.WHOLE**2 + near * (self.BATCH**2 + self.BLOCK**2 * block))
+
+
+@dataclass(slots=True)
+class _Cell:
+    """The rounds of one size and depth: logs of seconds over the prior's cost."""
+
+    times: deque[float]
+    once: float
+    middle: float = 0.0  # the mean of their middle half
+    when: int = 0
+
+    def add(self, ratio: float, when: int) -> None:
+        self.times.append(ratio)
+        self.when = when
+        n = len(self.times)
+        cut = (n + 1) // 4
+        inner = sorted(self.times)[cut : 1 if n == 2 else n - cut]
+        self.middle = sum(inner) / len(inner)

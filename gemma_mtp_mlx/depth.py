@@ -19,17 +19,19 @@ Limits = Sequence[int] | None
 # What a depth must promise over the present one before it replaces it. Two depths closer than this
 # are the same for the user, and seconds are rarely known better.
 MARGIN = 0.015
+KNOWN = 0.3  # a depth whose log seconds are vaguer than this has to be tried before
 # Share of the time that tries may cost: below 1 %, as what is believed may be a little wrong too.
 BUDGET = 0.006
-# Plain rounds to begin with: all else is compared with them, so one outlier must not decide.
-FIRST = 3
 # Plain rounds that may be lost to trying at the start, and how many may be saved up later.
-START, EARLY, SAVED = 3.0, 64, 1.0
-SIGMAS = 1.5  # deviations by which what is not known well is hoped to be better
-# Plain decoding is tried first where its log seconds against the settled depth's are this vague.
-YARDSTICK = 0.1
-# Acceptance a text may turn out to have: what a try out of plain decoding looks for.
-HOPED = 0.9
+START, EARLY, SAVED = 6.0, 100, 1.0
+# A try is worth while if it promises this many times what it loses, over as many rounds as there
+# were so far and some more: a short text has no use for what is only known at its end.
+PROMISE, SOON, LATE = 3.0, 60, 400
+LEAST = 0.01  # plain rounds that any try costs
+LOOK = np.array([[1.0], [4.0], [16.0]])  # tries in a row whose worth is looked at
+# Rounds that a text lasts, and the acceptance that another may have: nothing is heard of it in
+# plain decoding.
+TEXT, HOPED = 300, 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class FixedDepth:
         if not 0 <= k <= MOST:
             raise ValueError(f"cannot draft {k} tokens per round; give 0 to {MOST}")
         self.k = k
-        self._acceptance = _Acceptance(0.0)
+        self._acceptance = _Acceptance(0.5)
         self._seconds: dict[tuple[int, int], tuple[int, float]] = {}  # rounds and their sum
 
     def choose(self, rows: int) -> int:
@@ -85,9 +87,9 @@ class FixedDepth:
 class AutoDepth:
     """The depth that promises most tokens per second, learnt while generating.
 
-    Most rounds run at the settled depth of their batch size. Others try a depth that may be better;
-    what they lose against the settled one comes out of an account that grows by BUDGET of the time.
-    A try that pays fills it again, so that a text that became easy is followed at once.
+    Most rounds run at the settled depth of their batch size. Others try a depth that it is worth
+    knowing more of; what they lose against the settled one comes out of an account that grows by
+    BUDGET of the time. A try that pays fills it again, so a text that became easy is followed.
     """
 
     def __init__(self, prior: Prior, most: int = MOST) -> None:
@@ -96,19 +98,19 @@ class AutoDepth:
         self.most = most
         self._acceptance = _Acceptance(prior.acceptance)
         self._costs = Costs(prior, most)
+        self._easy = np.log(np.cumsum(HOPED ** np.arange(most + 1)))  # tokens of an easy text
         self._depth: dict[int, int] = {}
         self._account = START  # plain rounds that tries may still lose
-        self._reserved: dict[tuple[int, int], tuple[float, bool]] = {}  # for tries under way
-        self._cheapest = 0.0  # the least a try out of plain decoding may lose
+        self._reserved: dict[tuple[int, int], float] = {}  # for tries under way
+        self._silent = 0  # rounds since drafts were heard of
         self._switches = self._probes = 0
         self._lost = self._seconds = 0.0
 
     def choose(self, rows: int) -> int:
         """Return K for the next round with that many rows."""
         log_seconds, spread = self._costs.believed(rows)
-        settled = self._settle(rows, log_seconds)
-        early = self._costs.rounds < FIRST
-        return 0 if early else self._try(rows, settled, log_seconds, spread)
+        settled = self._settle(rows, log_seconds, spread)
+        return self._try(rows, settled, log_seconds, spread) if self._costs.rounds else 0
 
     def observe(
         self, rows: int, k: int, seconds: float, accepted: Sequence[int], limits: Limits = None
@@ -121,20 +123,20 @@ class AutoDepth:
         log_seconds, _ = self._costs.believed(rows)
         self._costs.observe(rows, k, seconds)
         self._acceptance.observe(k, accepted, limits)
-        plain = math.exp(log_seconds[0])
+        self._silent = 0 if k else self._silent + 1
         self._seconds += seconds
-        most = max(SAVED, self._cheapest, START * (1 - self._costs.rounds / EARLY))
-        self._account += BUDGET * math.exp(log_seconds[k]) / plain
+        plain = math.exp(log_seconds[0])
+        took = math.exp(log_seconds[k])
+        self._account += BUDGET * took / plain
         if (rows, k) in self._reserved:
-            reserved, listen = self._reserved.pop((rows, k))
             settled = self._depth[rows]
-            believed = self._acceptance.tokens()
-            tokens = 1 + sum(accepted) / rows if listen else float(believed[k])
-            per_token = math.exp(log_seconds[settled]) / believed[settled]
-            lost = math.exp(log_seconds[k]) - tokens * per_token
-            self._account += reserved - lost / plain
+            believed = self._acceptance.tokens
+            # Out of plain decoding only what came tells whether it paid.
+            tokens = float(believed[k]) if settled else 1 + sum(accepted) / rows
+            lost = took - tokens * math.exp(log_seconds[settled]) / float(believed[settled])
+            self._account += self._reserved.pop((rows, k)) - lost / plain
             self._lost, self._probes = self._lost + lost, self._probes + 1
-        self._account = min(self._account, most)
+        self._account = min(self._account, max(SAVED, START * (1 - self._costs.rounds / EARLY)))
 
     def state(self) -> DepthState:
         """Return what is believed now."""
@@ -145,103 +147,137 @@ class AutoDepth:
 
     def _gain(self, settled: int, log_seconds: Floats) -> Floats:
         """Log of each depth's throughput over the settled one's, as believed."""
-        rate = np.log(self._acceptance.tokens()[: self.most + 1]) - log_seconds
+        rate: Floats = np.log(self._acceptance.tokens[: self.most + 1]) - log_seconds
         return rate - rate[settled]
 
     def _try(self, rows: int, settled: int, log_seconds: Floats, spread: Floats) -> int:
         """Return a depth worth a try now, setting aside what it may lose; else the settled one."""
         gain = self._gain(settled, log_seconds)
-        # How badly each depth's seconds are known relative to the settled one's.
-        apart = np.diag(spread) + spread[settled, settled] - 2 * spread[settled]
-        doubt = np.sqrt(np.maximum(apart, 0))
-        vaguer = np.diag(spread) > spread[settled, settled]
-        if doubt[0] > YARDSTICK and vaguer[0]:
-            return 0
-        # Plain rounds that a round of each depth is believed to lose.
-        loss = -np.exp(log_seconds - log_seconds[0]) * np.expm1(gain)
-        self._cheapest = float(loss[1:].min(initial=0.0)) if settled == 0 else 0.0
-        tokens = self._acceptance.tokens()[: self.most + 1]
-        deep = np.log(self._acceptance.tokens(above=settled)[: self.most + 1] / tokens)
-        hope = gain + SIGMAS * doubt + (deep if settled else 0.0)
-        hope[2 * self._costs.deepest + 2 :] = -np.inf  # at most a block twice as long as any so far
-        hope[(loss > self._account) | ~vaguer] = -np.inf
-        k = int(np.argmax(hope))
-        listen = hope[k] <= 2 * MARGIN
-        if listen:
-            # Nothing is heard of acceptance in plain decoding, so the text may have become easy.
-            easy = np.log(np.cumsum(HOPED ** np.arange(self.most + 1)))
-            pays = np.max(easy - log_seconds + log_seconds[0] + SIGMAS * doubt) > 2 * MARGIN
-            if settled or not pays or self._cheapest > self._account:
-                return settled
-            k = 1 + int(np.argmin(loss[1:]))
-        self._account -= loss[k]
-        self._reserved[rows, k] = float(loss[k]), listen
+        doubt = self._doubt(rows, settled, spread)
+        # What knowing better is worth per round and try: the mean of what is above the best now.
+        z = np.abs(gain) / doubt
+        worth = (doubt * (0.3989 * np.exp(-z * z / 2) - z * _above(z)) / LOOK).max(axis=0)
+        cost = np.exp(log_seconds - log_seconds[0])  # in plain rounds
+        if not settled and self._silent:
+            best = float((self._easy - log_seconds + log_seconds[0] + doubt[0]).max())
+            changed = min(self._silent / TEXT, 1.0)
+            worth = np.maximum(worth, changed * max(best, 0.0))
+        loss = np.maximum(-cost * np.expm1(gain), LEAST)
+        horizon = min(SOON + self._costs.rounds, LATE) * cost[settled]
+        worth = worth * horizon - PROMISE * loss
+        worth[2 * self._costs.deepest + 2 :] = 0  # at most a block twice as long as any so far
+        worth[loss > self._account] = 0
+        worth[settled] = 0
+        k = int(worth.argmax())
+        if worth[k] <= 0:
+            return settled
+        self._account -= float(loss[k])
+        self._reserved[rows, k] = float(loss[k])
         return k
 
-    def _settle(self, rows: int, log_seconds: Floats) -> int:
+    def _doubt(self, rows: int, settled: int, spread: Floats) -> Floats:
+        """Return how far tries could move each depth's log gain, by number of tries and depth."""
+        variance = spread.diagonal()
+        seconds = np.maximum(variance - spread[settled], 0) ** 2
+        seconds = seconds / (variance + Costs.NOISE**2 / LOOK)
+        # The settled depth tells of its own drafts; a deeper one tells of those after them.
+        acceptance, after = self._acceptance, min(settled, MOST - 1)
+        heard = LOOK * rows * float(acceptance.a[:after].prod())
+        share = heard / (heard + acceptance.counted(after))
+        deep = np.log(acceptance.hoped(settled) / acceptance.tokens)[: self.most + 1]
+        return np.asarray(np.sqrt(seconds + deep**2 * share) + 1e-9)
+
+    def _settle(self, rows: int, log_seconds: Floats, spread: Floats) -> int:
         """Return the settled depth of that batch size, replaced first if another is better."""
         settled = self._depth.get(rows, 0)
         gain = self._gain(settled, log_seconds)
-        best = int(np.argmax(gain))
+        apart = spread.diagonal() + spread[settled, settled] - 2 * spread[settled]
+        gain[apart > KNOWN**2] = -np.inf
+        best = int(gain.argmax())
         # It is easier to return to plain decoding than to leave it.
-        if gain[best] > (0 if best == 0 else MARGIN if settled else 2 * MARGIN):
+        if gain[best] > (MARGIN if best else 0):
             self._switches += rows in self._depth
             settled = best
         self._depth[rows] = settled
         return settled
 
 
+def _above(z: Floats) -> Floats:
+    """Return the chance that a normal number is above z >= 0, to 1e-5.
+
+    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, eq. 26.2.16.
+    """
+    t = 1 / (1 + 0.33267 * z)
+    polynomial = t * (0.4361836 + t * (-0.1201676 + t * 0.937298))
+    return np.asarray(0.3989423 * np.exp(-z * z / 2) * polynomial)
+
+
 class _Acceptance:
     """How often draft i agrees, given that all before it did: counts that forget.
 
-    A long memory gives the estimate, a short one notices when the text has changed; then the long
-    one is replaced by the short one. Both forget per row that drafted, not per round: rounds
-    without drafts say nothing.
+    The longest memory gives the estimate, the shorter ones notice when the text has changed; then
+    the longer ones are replaced. All forget per row that drafted, not per round: rounds without
+    drafts say nothing.
     """
 
-    LONG, SHORT = 300, 8  # rows that a memory is about
+    LENGTHS = np.array([8, 32, 128, 1000])  # rows that a memory is about
+    FIRST = 3.0  # tries that the prior counts for
     SHRINK = 6.0  # a position counts as the one before it until it was tried about this often
-    SURPRISE = 3.9  # standard deviations; by chance once in some thousands of rows
+    SURPRISE = 4.5  # standard deviations
+    SURE = 0.999
 
     def __init__(self, prior: float) -> None:
-        self.prior = prior
-        self.long = np.zeros((2, MOST))  # tried, agreed
-        self.short = np.zeros((2, MOST))
-        self.excess = self.variance = 0.0
+        self.memories = np.zeros((len(self.LENGTHS), 2, MOST))  # tried, agreed
+        self.memories[:, :, 0] = self.FIRST, self.FIRST * prior
+        self.excess = np.zeros(len(self.LENGTHS))
+        self.variance = np.zeros(len(self.LENGTHS))
         self._estimate()
 
     def observe(self, k: int, accepted: Sequence[int], limits: Limits) -> None:
         """Count a round."""
+        rows = 0
+        tried, agreed = [0] * MOST, [0] * MOST
         for row, count in enumerate(accepted):
             limit = k if limits is None else min(k, limits[row])
-            tried = min(count + 1, limit)
-            if not tried:
-                continue
-            a = self.a[:tried]
-            keep = 1 - 1 / self.SHORT
-            self.excess = keep * self.excess + count - float(a.sum())
-            self.variance = keep**2 * self.variance + float((a * (1 - a)).sum())
-            for memory, length in ((self.long, self.LONG), (self.short, self.SHORT)):
-                memory *= 1 - 1 / length
-                memory[0, :tried] += 1
-                memory[1, :count] += 1
-            if abs(self.excess) > self.SURPRISE * math.sqrt(self.variance + 1e-9):
-                self.long[:] = self.short
-                self.excess = self.variance = 0.0
+            rows += limit > 0
+            for i in range(min(count + 1, limit)):
+                tried[i] += 1
+                agreed[i] += i < count
+        if not rows:
+            return
+        expected = np.array(tried) * self.a
+        keep = (1 - 1 / self.LENGTHS) ** rows
+        self.memories = self.memories * keep[:, None, None] + np.array([tried, agreed])
+        self.excess = keep * self.excess + sum(agreed) - expected.sum()
+        self.variance = keep**2 * self.variance + (expected * (1 - self.a)).sum()
+        surprise = np.abs(self.excess[:-1]) / np.sqrt(self.variance[:-1])
+        most = int(surprise.argmax())
+        if surprise[most] > self.SURPRISE:
+            self.memories[most + 1 :] = self.memories[most]
+            self.excess[:] = self.variance[:] = 0
         self._estimate()
 
     def _estimate(self) -> None:
-        self.a = np.empty(MOST)
-        before = self.prior
-        for i in range(MOST):
-            tried, agreed = self.long[:, i]
-            weight = self.SHRINK if i else self.SHRINK / 2
+        a: list[float] = []
+        before, weight = 0.5, 1e-6
+        for tried, agreed in zip(*self.memories[-1].tolist(), strict=True):
             before = (agreed + weight * before) / (tried + weight)
-            self.a[i] = before
+            before, weight = min(max(before, 1 - self.SURE), self.SURE), self.SHRINK
+            a.append(before)
+        self.a = np.array(a)
+        self.tokens = self._tokens(self.a)  # per row and round, for K = 0, 1, ...
 
-    def tokens(self, above: int = MOST) -> Floats:
-        """Return tokens per row and round for K = 0, 1, ...; positions > above one deviation up."""
+    def counted(self, position: int) -> float:
+        """Return how many tries a position's estimate stands on."""
+        return float(self.memories[-1, 0, position]) + self.SHRINK
+
+    def hoped(self, above: int) -> Floats:
+        """Return tokens per row and round if the positions > above are one deviation better."""
         a = self.a.copy()
-        up = np.sqrt(a * (1 - a) / (self.long[0] + self.SHRINK))
+        up = np.sqrt(a * (1 - a) / (self.memories[-1, 0] + self.SHRINK))
         a[above:] = np.minimum(a + up, 1)[above:]
-        return 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
+        return self._tokens(a)
+
+    @staticmethod
+    def _tokens(a: Floats) -> Floats:
+        return np.concatenate([[1.0], 1 + a.cumprod().cumsum()])
