@@ -223,7 +223,7 @@ class _Acceptance:
     LENGTHS = np.array([8, 32, 128, 1000])  # rows that a memory is about
     FIRST = 3.0  # tries that the prior counts for
     SHRINK = 6.0  # a position counts as the one before it until it was tried about this often
-    SURPRISE = 4.5  # standard deviations
+    SURPRISE = 3.9  # standard deviations; by chance once in some thousands of rows
     SURE = 0.999
 
     def __init__(self, prior: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench import regret as regret_bench
 from gemma_mtp_mlx.config import DrafterConfig, ModelConfig
 from gemma_mtp_mlx.costs import Costs, Prior, prior_for
 from gemma_mtp_mlx.depth import AutoDepth, DepthState, FixedDepth
@@ -32,8 +33,11 @@ from tests.clock import (
 
 DENSE = Prior(17.27, 0.24)
 MOE = Prior(1.34, 0.24, 0.1004, 128, 8)
-SETTLED = 80  # rounds after which regret counts
-ROUNDS = 280
+SETTLED = 100  # rounds after which regret counts
+ROUNDS = 300
+LEARNING = 80  # rounds whose losses are counted in plain ones
+REGRET, SLOWER = 0.03, 0.01  # the bounds, and the share of runs that chance may take past one
+MISSES = 0.03
 ONE_BY_ONE = ["31B M4 Max, roofline", "26B-A4B M4 Max, roofline", "stock M3 Max"]
 
 
@@ -42,55 +46,68 @@ def prior(cost: str) -> Prior:
 
 
 @cache
-def steady(cost: str, text: str, rows: int) -> Drive:
+def steady(cost: str, text: str, rows: int, seed: int) -> Drive:
     """Return a run with nothing changing."""
     segments = [Segment(ROUNDS, ACCEPTANCE[text], (rows,))]
-    return drive(AutoDepth(prior(cost)), COSTS[cost], segments)
+    return drive(AutoDepth(prior(cost)), COSTS[cost], segments, seed=seed)
 
 
 @cache
-def all_steady() -> dict[tuple[str, str, int], Drive]:
-    """Return one run for every published curve, with texts and batch sizes in turn."""
+def all_steady() -> dict[tuple[str, str, int, int], Drive]:
+    """Return two runs for every published curve, with texts and batch sizes in turn."""
     runs = {}
     texts = list(ACCEPTANCE)
     for number, cost in enumerate(COSTS):
         for step in (0, 1, 2):
             text, rows = texts[(number + 3 * step) % len(texts)], (1, 4, 8)[step]
-            runs[cost, text, rows] = steady(cost, text, rows)
+            for seed in (0, 1):
+                runs[cost, text, rows, seed] = steady(cost, text, rows, seed)
     return runs
 
 
-def worst(figures: dict[tuple[str, str, int], float]) -> str:
+def worst(figures: dict[tuple[str, str, int, int], float]) -> str:
     ranked = sorted(figures.items(), key=lambda item: -item[1])
     return ", ".join(f"{name}: {value:.3f}" for name, value in ranked[:5])
 
 
 def test_regret_against_the_best_fixed_depth() -> None:
-    """At most 3 %, but for a run in 20: a depth far away, or plain decoding within a hair."""
+    """At most 3 %, but for the runs that `python -m bench.regret` counts: about one in 60."""
     regret = {name: run.regret(SETTLED) for name, run in all_steady().items()}
-    assert sum(regret.values()) / len(regret) <= 0.012
-    assert sum(value > 0.03 for value in regret.values()) <= len(regret) / 20, worst(regret)
-    assert max(regret.values()) <= 0.10, worst(regret)
+    assert sum(regret.values()) / len(regret) <= 0.007
+    assert sum(value > REGRET for value in regret.values()) <= MISSES * len(regret), worst(regret)
+    assert max(regret.values()) <= 0.06, worst(regret)
 
 
 def test_never_slower_than_plain_once_settled() -> None:
-    """By 1 % on average where plain is best; by luck in 200 rounds a single run may reach 1.5 %."""
+    """By 1 % at most, but for one run in a hundred, and by 2 % then."""
     slower = {name: run.slower_than_plain(SETTLED) for name, run in all_steady().items()}
-    plain = [v for (c, t, b), v in slower.items() if not best_depth(COSTS[c], ACCEPTANCE[t], b)]
-    assert sum(plain) / len(plain) <= 0.01 and len(plain) >= 10
-    assert max(slower.values()) <= 0.015, worst(slower)
+    assert sum(value > SLOWER for value in slower.values()) <= MISSES * len(slower), worst(slower)
+    assert max(slower.values()) <= 0.02, worst(slower)
+    plain = [v for (c, t, b, _), v in slower.items() if not best_depth(COSTS[c], ACCEPTANCE[t], b)]
+    assert sum(plain) / len(plain) <= 0.007 and len(plain) >= 20
     assert min(slower.values()) < -0.7  # and it is not plain decoding
+
+
+def test_a_short_run_is_not_spent_on_learning() -> None:
+    """The built-in pair on a CPU, 192 tokens a row, against the best fixed depth from the start."""
+    lost: dict[str, list[float]] = {}
+    for name, regret, _ in regret_bench.short(0):
+        lost.setdefault(name, []).append(regret)
+    for name, values in lost.items():
+        assert sum(values) / len(values) <= (0.05 if "1 rows" in name else REGRET), name
 
 
 def test_learning_costs_a_few_plain_rounds() -> None:
     lost = {
-        name: run.slower_than_plain(0, SETTLED) * sum(run.plain_ms[:SETTLED]) / cost_of_plain(name)
+        name: run.slower_than_plain(0, LEARNING)
+        * sum(run.plain_ms[:LEARNING])
+        / cost_of_plain(name)
         for name, run in all_steady().items()
     }
     assert max(lost.values()) <= 12, worst(lost)
 
 
-def cost_of_plain(name: tuple[str, str, int]) -> float:
+def cost_of_plain(name: tuple[str, str, int, int]) -> float:
     return COSTS[name[0]](name[2], 0)
 
 
@@ -111,16 +128,18 @@ def cost_of_plain(name: tuple[str, str, int]) -> float:
 def test_a_change_of_text_is_followed(
     cost: str, rows: int, before: str, after: str, within: int
 ) -> None:
-    shift = 120
-    for seed in range(2):
+    """In at least nine runs of ten; which of the last rounds bring luck differs by seed."""
+    shift, seeds, late = 120, 10, 0
+    for seed in range(seeds):
         segments = [Segment(shift, ACCEPTANCE[t], (rows,)) for t in (before, after)]
         segments[1] = dataclasses.replace(segments[1], rounds=within + 60)
         run = drive(AutoDepth(prior(cost)), COSTS[cost], segments, seed=seed)
-        assert run.regret(shift + within) <= 0.05
         # What was saved up for tries is spent at once: some plain rounds, beside 1 % of the time.
         plain_ms = sum(run.plain_ms[shift + within :])
         lost = run.slower_than_plain(shift + within) * plain_ms
-        assert lost <= 0.01 * plain_ms + 2 * COSTS[cost](rows, 0)
+        slow = lost > SLOWER * plain_ms + 2 * COSTS[cost](rows, 0)
+        late += slow or run.regret(shift + within) > 0.05
+    assert late <= seeds / 10
 
 
 @pytest.mark.parametrize("cost", ["31B M5 Max, roofline", "26B-A4B M4 Max, roofline"])
