@@ -15,7 +15,7 @@ STAMP := .venv/installed-$(shell { pwd; find gemma_mtp_mlx/ convert/ -type f ! -
 .PHONY: demo test metal lint clean
 
 demo: $(STAMP)
-	@$(BIN)/python bench/demo.py
+	@$(BIN)/python -m bench.demo
 
 test: $(STAMP)
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
