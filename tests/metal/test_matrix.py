@@ -46,7 +46,10 @@ def test_a_product_is_a_chain_of_fused_multiply_adds(run: Runner, dtype: mx.Dtyp
     """
     random = np.random.default_rng(0)
     # With 10 bits or less each step is exact in float64, so that it is rounded once.
-    draw = lambda *shape: np.round(random.uniform(-1, 1, shape) * 128) / 128  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.round(random.uniform(-1, 1, shape) * 128) / 128
+
     x, y, z = draw(9, 10), draw(8, 8), draw(8, 8) * 1000 / 7
     inputs = {"x": mx.array(x).astype(dtype), "y": mx.array(y).astype(dtype)}
     inputs["z"] = mx.array(z.astype(np.float32))
