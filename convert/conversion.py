@@ -1,60 +1,36 @@
-"""Convert a target and its drafter: source folders in, one finished folder out, or nothing at all.
+"""Convert a target and its drafter: a source in, one finished folder out, or nothing at all.
 
-Tensors are read, cast, packed and written one at a time, so memory holds one shard and one tensor.
-Everything goes to a temporary folder beside OUT, which takes OUT's name when it is complete.
+Everything is planned from headers, so what cannot be converted is refused before a weight is read.
+What is written lies in a folder beside OUT, which takes OUT's name when it is complete; ended on
+the way, the same conversion goes on from its last finished file.
 """
 
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+from gemma_mtp_mlx import __version__
+from gemma_mtp_mlx.checkpoint import INDEX
+from gemma_mtp_mlx.convert.card import model_card
+from gemma_mtp_mlx.convert.digest import Digests
+from gemma_mtp_mlx.convert.journal import Journal
+from gemma_mtp_mlx.convert.packing import Error
+from gemma_mtp_mlx.convert.plan import WRITTEN, ModelPlan, plan_drafter, plan_target
+from gemma_mtp_mlx.convert.recipe import Quantization, Rule, check_used, default_recipe
+from gemma_mtp_mlx.convert.record import RECORD, Written, record
+from gemma_mtp_mlx.convert.sources import companions
+from gemma_mtp_mlx.convert.stream import Shard, shards, write_shard
 
-from gemma_mtp_mlx import hub
-from gemma_mtp_mlx.checkpoint import read_config
-from gemma_mtp_mlx.config import DRAFTER_TYPES, DrafterConfig, ModelConfig
-from gemma_mtp_mlx.convert.config import drafter_dict, target_dict
-from gemma_mtp_mlx.convert.packing import Packing, Quantization, choose
-from gemma_mtp_mlx.convert.writer import SHARD_BYTES, ShardWriter
-from gemma_mtp_mlx.drafter import Drafter
-from gemma_mtp_mlx.target import Target
-from gemma_mtp_mlx.tensor_names import drafter_names, target_names
-from gemma_mtp_mlx.weights import Plan, plan_weights, read_parameters
+SHARD_BYTES = 5 << 30
+_MARGIN = 64 << 20  # for tokenizers and all that is small
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_COPIED = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-)
-
-OnTensor = Callable[[str, int, int], None]  # parameter, parameters done, parameters in all
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What became of one model.
-
-    used: parameters written. skipped: stored tensors left out, by reason. quantized: modules packed
-    in OUT; kept: modules that a quantisation passed over. Sizes are of weights.
-    """
-
-    used: int
-    skipped: dict[str, int]
-    quantized: int
-    kept: tuple[str, ...]
-    bytes_in: int
-    bytes_out: int
+Work = Sequence[tuple[ModelPlan, list[Shard]]]
+OnBytes = Callable[[int, int], None]  # bytes of the source converted, and in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,123 +41,166 @@ class Report:
     drafter: Written | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Options:
-    quantization: Quantization | None
-    dtype: str | None
-    on_tensor: OnTensor
-    shard_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A checked source model, none of its weights read."""
-
-    folder: Path
-    config: dict[str, Any]  # config.json as it will be written
-    module: Target | Drafter
-    plan: Plan
-    packing: Packing
-
-
 def convert(
     source: str,
     out: Path,
     *,
     draft_source: str | None = None,
     quantization: Quantization | None = None,
+    rules: Sequence[Rule] = (),
     dtype: str | None = None,
-    on_tensor: OnTensor | None = None,
+    repository: str | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> Report:
     """Write the target, and the drafter if one is named, as MLX folders OUT and OUT/drafter.
 
-    source, draft_source: a folder or a hub repository. dtype: of everything that is not packed;
-    None keeps the source's. OUT appears when it is complete, and not at all on an error.
-    Raises: ValueError for a source that cannot be read, a drafter of another target, or an OUT that
-    holds something.
+    source, draft_source: a folder, a GGUF file or a hub repository. quantization: for the default
+    recipe, None to pack nothing; rules: decide before it. dtype: of everything that is not packed;
+    None keeps the source's. repository: what the model card calls the folder. OUT appears when it
+    is complete. Ended by an interrupt, a kill or a full disk, the same call goes on from the last
+    file that was finished.
+    Raises: ValueError for a source that cannot be read, a drafter of another target, too little
+    disk, or an OUT that holds something; OSError.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in WRITTEN:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(WRITTEN)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
-    options = _Options(quantization, dtype, on_tensor or _silent, SHARD_BYTES)
-    target = _open_target(hub.resolve(source), options)
-    drafter = None
-    if draft_source is not None:
-        drafter = _open_drafter(hub.resolve(draft_source), options)
-        assert isinstance(drafter.module, Drafter) and isinstance(target.module, Target)
-        drafter.module.config.check_pairs_with(target.module.config)
+    plans = _plan(source, draft_source, quantization, rules, dtype)
+    work = [(plan, shards(plan.folder, plan.parts, SHARD_BYTES)) for plan in plans]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        made = Path(scratch) / out.name
-        report = Report(
-            _write(target, made, options),
-            None if drafter is None else _write(drafter, made / "drafter", options),
-        )
-        made.rename(out)
-    return report
+    partial = out.parent / f".{out.name}.partial"
+    journal = Journal(partial, _key(plans))
+    try:
+        _check_disk(partial, work, journal)
+        files = tuple(file for plan in plans for file in plan.checkpoint.files)
+        with closing(Digests(files)) as digests:
+            _write_shards(work, journal, on_bytes or _silent)
+            card = model_card(plans, repository)
+            written = [
+                _finish(plan, those, journal, digests, None if plan.folder else card)
+                for plan, those in work
+            ]
+        journal.finish(out)
+    except (KeyboardInterrupt, OSError):
+        journal.close(keep=True)
+        raise
+    except BaseException:
+        journal.close(keep=False)
+        raise
+    return Report(written[0], written[1] if len(written) > 1 else None)
 
 
-def _silent(name: str, done: int, total: int) -> None:
+def _silent(done: int, total: int) -> None:
     pass
 
 
-def _open_target(folder: Path, options: _Options) -> _Source:
-    raw = read_config(folder)
-    if raw.get("model_type") in DRAFTER_TYPES:
-        raise ValueError(f"{folder} is a drafter; give it as the draft model of a target")
-    config = ModelConfig.from_dict(raw)
-    module = Target(config)
-    plan = plan_weights(module, folder, target_names(config))
-    written = target_dict(raw, config, _dtype(plan, options))
-    return _Source(folder, written, module, plan, _packing(module, plan, options))
+def _plan(
+    source: str,
+    draft_source: str | None,
+    quantization: Quantization | None,
+    rules: Sequence[Rule],
+    dtype: str | None,
+) -> list[ModelPlan]:
+    """Check both sources against each other and plan what becomes of them."""
+    target = plan_target(source, dtype)
+    plans = [target]
+    if draft_source is not None:
+        plans.append(plan_drafter(draft_source, target, dtype))
+    if quantization is not None or rules:
+        ordered = any(plan.centroid_head for plan in plans)
+        defaults = default_recipe(quantization, centroid_head=ordered) if quantization else ()
+        check_used(rules, [path for plan in plans for path in plan.paths])
+        plans = [plan.with_rules((*rules, *defaults)) for plan in plans]
+    return plans
 
 
-def _open_drafter(folder: Path, options: _Options) -> _Source:
-    raw = read_config(folder)
-    config = DrafterConfig.from_dict(raw)
-    module = Drafter(config)
-    plan = plan_weights(module, folder, drafter_names())
-    written = drafter_dict(raw, config, _dtype(plan, options))
-    return _Source(folder, written, module, plan, _packing(module, plan, options))
+def _key(plans: Sequence[ModelPlan]) -> str:
+    """Tell conversions apart: by version, source files and everything that is written."""
+    digest = hashlib.sha256(f"{__version__} {SHARD_BYTES}".encode())
+    for plan in plans:
+        for file in plan.checkpoint.files:
+            facts = file.stat()
+            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
+        digest.update(repr((plan.config, plan.parts)).encode())
+    return digest.hexdigest()
 
 
-def _dtype(plan: Plan, options: _Options) -> str:
-    """Return the type that config.json names: the one asked for, or the final norm's."""
-    norm = plan.stored[plan.pieces["model.norm.weight"].stored]
-    return options.dtype or _STORED[norm.dtype]
-
-
-def _packing(module: Target | Drafter, plan: Plan, options: _Options) -> Packing:
-    if options.quantization is None:
-        return Packing(plan.quantization, packs=False)
-    if plan.quantization:
+def _check_disk(folder: Path, work: Work, journal: Journal) -> None:
+    left = [shard for _, those in work for shard in those if shard.name not in journal.done]
+    needed = sum(shard.nbytes for shard in left) + _MARGIN
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise ValueError(
-            "the source is quantised already and would lose twice; convert the original, or leave "
-            "the quantisation as it is"
+            f"{needed / 1e9:.1f} GB are needed for {folder.parent} and {free / 1e9:.1f} GB are "
+            "free there; free some, or choose a folder on another disk"
         )
-    ordered = isinstance(module, Drafter) and module.config.use_ordered_embeddings
-    return choose(module, options.quantization, centroid_head=ordered)
 
 
-def _write(source: _Source, folder: Path, options: _Options) -> Written:
-    folder.mkdir()
-    writer = ShardWriter(folder, options.shard_bytes)
-    total, bytes_in = len(source.plan.pieces), 0
-    for done, (name, value) in enumerate(read_parameters(source.plan), start=1):
-        bytes_in += value.nbytes
-        if options.dtype is not None and mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(DTYPES[options.dtype])
-        for written, tensor in source.packing.apply(name, value).items():
-            writer.add(written, tensor)
-        options.on_tensor(name, done, total)
-    writer.finish()
-    config = {**source.config, **source.packing.block()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in _COPIED:
-        if (source.folder / name).is_file():
-            shutil.copy(source.folder / name, folder / name)
-    quantized = len(source.packing.params)
+def _write_shards(work: Work, journal: Journal, on_bytes: OnBytes) -> None:
+    total = sum(part.nbytes for plan, _ in work for part in plan.parts)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    for plan, those in work:
+        for shard in those:
+            if shard.name in journal.done:
+                advance(sum(part.nbytes for part in shard.parts))
+                continue
+            file = journal.folder / shard.name
+            file.parent.mkdir(exist_ok=True)
+            written = write_shard(shard, plan.checkpoint, file, advance)
+            errors = {name: asdict(error) for name, error in written.errors.items()}
+            journal.note(shard.name, {"sha256": written.sha256, "errors": errors})
+
+
+def _finish(
+    plan: ModelPlan, those: Sequence[Shard], journal: Journal, digests: Digests, card: str | None
+) -> Written:
+    """Write a model's small files, what was converted from what among them."""
+    small = companions(plan.path)
+    small["config.json"] = _json({**plan.config, **plan.quantization_block})
+    if card is not None:
+        small["README.md"] = card.encode()
+    if len(those) > 1:
+        weight_map = {o.name: Path(s.name).name for s in those for p in s.parts for o in p.outputs}
+        metadata = {"total_size": sum(shard.nbytes for shard in those)}
+        small[INDEX] = _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    noted = [journal.done[shard.name] for shard in those]
+    errors = {
+        name.removesuffix(".weight"): Error(**error)
+        for facts in noted
+        for name, error in facts["errors"].items()
+    }
+    ranked = dict(sorted(errors.items(), key=lambda item: -item[1].relative))
+    written = _written(plan, those, ranked)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
+    for shard, facts in zip(those, noted, strict=True):
+        files[Path(shard.name).name] = facts["sha256"]
+    small[RECORD] = _json(record(plan, written, files, digests), in_order=True)
+    for name, content in small.items():
+        (journal.folder / plan.folder / name).write_bytes(content)
+    return written
+
+
+def _written(plan: ModelPlan, those: Sequence[Shard], errors: dict[str, Error]) -> Written:
     return Written(
-        total, source.plan.skipped, quantized, source.packing.kept, bytes_in, writer.nbytes
+        used=len(plan.parts),
+        skipped=plan.plan.skipped,
+        packed=len(errors),
+        taken=len(plan.taken),
+        kept=plan.kept,
+        off_grid=plan.off_grid,
+        on_grid=plan.on_grid,
+        bytes_in=sum(part.nbytes for part in plan.parts),
+        bytes_out=sum(shard.nbytes for shard in those),
+        errors=errors,
     )
+
+
+def _json(content: dict[str, Any], *, in_order: bool = False) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=not in_order) + "\n").encode()

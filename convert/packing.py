@@ -1,80 +1,165 @@
-"""Which modules are quantised, and how.
+"""What becomes of a parameter: it is kept, cast, packed by MLX or put on the grid it came from.
 
-Weights of linear layers, embeddings and experts are packed in groups along their last axis, a
-module whose last axis does not divide stays as it is. Per-layer embeddings and the routers, which
-decide much and cost little, get 8 bits. A centroid head reads its embedding row by row and chooses
-by small differences between centroids: both stay as they are.
+Shapes and types of what is written follow from the plan alone, so a file's header is written before
+a weight is read; values are changed a strip of rows at a time, which no row can tell.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
 
-_FINE = ("embed_tokens_per_layer", "router.proj")
-_FINE_BITS = 8
-_CENTROID_HEAD = ("model.embed_tokens", "masked_embedding.centroids")
+from gemma_mtp_mlx.convert import grid
+from gemma_mtp_mlx.weights import check_values
+
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+DTYPES |= {"U8": mx.uint8, "I32": mx.int32, "I64": mx.int64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STRIP_BYTES = 1 << 20  # of a source at a time: what is made of it stays in a core's cache
 
 
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How weights are packed: MLX's affine mode. Raises ValueError for what MLX cannot pack."""
+class Output(NamedTuple):
+    """A tensor to write. dtype: as safetensors names it."""
 
-    bits: int = 4
-    group_size: int = 64
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 5, 6, 8):
-            raise ValueError(f"bits is {self.bits}; it must be 2, 3, 4, 5, 6 or 8")
-        if self.group_size not in (32, 64, 128):
-            raise ValueError(f"group_size is {self.group_size}; it must be 32, 64 or 128")
-
-    def params(self, path: str) -> dict[str, Any]:
-        """Return what the module of that path is packed with."""
-        bits = max(self.bits, _FINE_BITS) if path.endswith(_FINE) else self.bits
-        return {"group_size": self.group_size, "bits": bits, "mode": "affine"}
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].size
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """What is done to a model's weights.
+class Change:
+    """How values are changed.
 
-    params: of each module that is or becomes quantised. packs: whether that is done here, or was
-    in the source. kept: modules that stay as they are although a quantisation was asked for.
+    dtype: of what is written, or of the scales on a grid. params: of mx.quantize, None if the
+    parameter is not packed. on_grid: whether it is packed on the q4_0 grid.
     """
 
-    params: dict[str, dict[str, Any]]
-    packs: bool
-    kept: tuple[str, ...] = ()
-
-    def apply(self, name: str, value: mx.array) -> dict[str, mx.array]:
-        """Return the tensors to write for a parameter."""
-        path = name.removesuffix(".weight")
-        if not self.packs or path == name or path not in self.params:
-            return {name: value}
-        packed = mx.quantize(value, **self.params[path])
-        return dict(zip((name, f"{path}.scales", f"{path}.biases"), packed, strict=True))
-
-    def block(self) -> dict[str, Any]:
-        """Return config.json's entries: defaults, and the modules that differ from them."""
-        if not self.params:
-            return {}
-        every = list(self.params.values())
-        usual = max(every, key=every.count)
-        differ = {path: params for path, params in self.params.items() if params != usual}
-        return {name: {**usual, **differ} for name in ("quantization", "quantization_config")}
+    dtype: mx.Dtype
+    params: dict[str, Any] | None = None
+    on_grid: bool = False
 
 
-def choose(module: nn.Module, quantization: Quantization, *, centroid_head: bool) -> Packing:
-    """Choose the modules to pack. centroid_head: whether the module is a drafter that has one."""
-    leaves: dict[str, Any] = dict(tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))
-    packable = {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "to_quantized")}
-    spared = _CENTROID_HEAD if centroid_head else ()
-    params = {
-        path: quantization.params(path)
-        for path, leaf in packable.items()
-        if leaf.weight.shape[-1] % quantization.group_size == 0 and path not in spared
-    }
-    return Packing(params, packs=True, kept=tuple(p for p in packable if p not in params))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A parameter on its way. rows: of the stored tensor, in the parameter's order."""
+
+    name: str
+    stored: str
+    rows: tuple[range, ...]
+    row_bytes: int
+    change: Change
+    outputs: tuple[Output, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.row_bytes * sum(map(len, self.rows))
+
+    def strips(self) -> Iterator[range]:
+        """Yield the rows in strips of bounded size."""
+        step = max(1, STRIP_BYTES // max(1, self.row_bytes))
+        for rows in self.rows:
+            for start in range(0, len(rows), step):
+                yield rows[start : start + step]
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far packed weights are from the source's.
+
+    largest: difference of any weight. squares: sum of the squares of the differences; norm: of the
+    weights themselves. equal: weights on a grid that are, rounded to the source's type, as there.
+    """
+
+    count: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    norm: float = 0.0
+    equal: int = 0
+
+    def __add__(self, other: "Error") -> "Error":
+        return Error(
+            self.count + other.count,
+            max(self.largest, other.largest),
+            self.squares + other.squares,
+            self.norm + other.norm,
+            self.equal + other.equal,
+        )
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the differences."""
+        return math.sqrt(self.squares / self.count)
+
+    @property
+    def relative(self) -> float:
+        """The same, relative to the weights' own."""
+        return math.sqrt(self.squares / self.norm) if self.norm else 0.0
+
+
+class Strip(NamedTuple):
+    """Rows as they are written, an array for each output. error: None if they are not packed."""
+
+    arrays: list[mx.array]
+    error: Error | None
+
+
+def outputs(name: str, shape: tuple[int, ...], change: Change) -> tuple[Output, ...]:
+    """Return the tensors to write for a parameter of that shape."""
+    params = change.params
+    if params is None:
+        return (Output(name, NAMES[change.dtype], shape),)
+    *lead, width = shape
+    path = name.removesuffix(".weight")
+    groups = (*lead, width // params["group_size"])
+    codes = Output(name, "U32", (*lead, width * params["bits"] // 32))
+    if params["mode"] != "affine":
+        return (codes, Output(f"{path}.scales", "U8", groups))
+    dtype = NAMES[change.dtype]
+    return codes, Output(f"{path}.scales", dtype, groups), Output(f"{path}.biases", dtype, groups)
+
+
+def convert_rows(stored: str, value: mx.array, change: Change) -> Strip:
+    """Return rows [N, K] of a stored tensor as they are written.
+
+    Raises: ValueError naming the tensor for values that cannot be meant.
+    """
+    check_values(stored, value)
+    params = change.params
+    if params is None:
+        kept = value.astype(change.dtype)
+        mx.eval(kept)
+        if kept.dtype != value.dtype:
+            check_values(f"{stored}, as {NAMES[change.dtype]},", kept)
+        return Strip([kept], None)
+    if change.on_grid:
+        fitted = grid.fit(value, change.dtype)
+        packed = [fitted.codes, fitted.scales, fitted.biases]
+        return Strip(packed, replace(_error(value, packed, params), equal=fitted.equal))
+    packed = list(mx.quantize(value.astype(change.dtype), **params))
+    return Strip(packed, _error(value, packed, params))
+
+
+def _error(value: mx.array, packed: list[mx.array], params: dict[str, Any]) -> Error:
+    """Compare in float32, as kernels decode: mx.dequantize rounds to the type of the scales."""
+    codes, *scales = packed
+    wide = [array.astype(mx.float32) if params["mode"] == "affine" else array for array in scales]
+    decoded = mx.dequantize(codes, *wide, **params, dtype=mx.float32)
+    exact = value.astype(mx.float32)
+    mx.eval(packed, decoded, exact)
+    weights = np.asarray(exact).reshape(-1)
+    differences = np.asarray(decoded).reshape(-1) - weights
+    return Error(
+        count=differences.size,
+        largest=float(max(differences.max(), -differences.min())),
+        squares=float(np.dot(differences, differences)),
+        norm=float(np.dot(weights, weights)),
+    )

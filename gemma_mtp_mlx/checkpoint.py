@@ -1,34 +1,107 @@
 """The files of a checkpoint folder: config.json and safetensors, checked before MLX opens them.
 
 A file that was not downloaded completely would fail only when a tensor is evaluated, long after
-loading and with an error that names no file. So each file's header is read here first and compared
-with the file's size; what it says about names, types and shapes is all that planning a load needs.
+loading and with an error that names no file, and a file that somebody made to do harm not even
+then. So each file's header is read here first, within bounds, and compared with the file's size;
+what it says about names, types and shapes is all that planning a load needs.
 Source: github.com/huggingface/safetensors, "Format".
 """
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+import numpy as np
 
 INDEX = "model.safetensors.index.json"
-_ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "U32": 4, "I32": 4, "F32": 4, "I64": 8}
-_LARGEST_HEADER = 100_000_000
+_ITEMS = {
+    "U8": np.uint8,
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "F32": np.float32,
+    "I64": np.int64,
+}
+_BYTES = {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2}
+_BYTES |= {"U64": 8, "F64": 8} | {name: np.dtype(item).itemsize for name, item in _ITEMS.items()}
+# No Gemma 4 checkpoint comes near these; what does is not one, and could fill the memory.
+_LARGEST_HEADER = 16 << 20
+_LARGEST_JSON = 16 << 20
 _OTHER_FORMATS = {
-    ".gguf": "GGUF files pack weights in a way MLX models cannot read",
+    ".gguf": "GGUF files have to be converted first: mlx-gemma-mtp convert --hf-path",
     ".bin": "PyTorch pickle files can run code when they are opened",
     ".pt": "PyTorch pickle files can run code when they are opened",
     ".pth": "PyTorch pickle files can run code when they are opened",
+    ".ckpt": "PyTorch pickle files can run code when they are opened",
     ".npz": "numpy archives have no bfloat16",
 }
 
 
 class Stored(NamedTuple):
-    """A tensor as a file's header describes it."""
+    """A tensor as a file's header describes it. offset: of its first byte in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+class Checkpoint(Protocol):
+    """A model's configuration and tensors, whatever files hold them.
+
+    config: as config.json. tensors: by their stored names. files: that hold the tensors. dtype: of
+    what is not packed, if it is to be another than it is stored in.
+    """
+
+    dtype: str | None
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    files: tuple[Path, ...]
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Read rows start..stop of a tensor, and nothing else, as [stop - start, last axis].
+
+        A tensor of more axes is the matrix of its last one; one of a single axis has one row.
+        """
+
+
+class Folder:
+    """A folder of config.json and safetensors files.
+
+    Raises: ValueError naming the file and the remedy if one is missing, damaged or of a format
+    that is not read, and for a tensor that is stored twice.
+    """
+
+    dtype: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_config(folder)
+        self.tensors = stored_tensors(folder)
+        self.files = tuple(dict.fromkeys(stored.file for stored in self.tensors.values()))
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Read rows start..stop of a tensor; see `Checkpoint`."""
+        stored = self.tensors[name]
+        if stored.dtype not in _ITEMS:
+            raise ValueError(f"tensor {name} is stored as {stored.dtype}, which is not read")
+        width = stored.shape[-1] if stored.shape else 1
+        values = np.empty((stop - start, width), _ITEMS[stored.dtype])
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.offset + start * width * values.itemsize)
+            read = stream.readinto(values.reshape(-1).view(np.uint8)) if values.size else 0
+        if read != values.nbytes:
+            raise _damaged(stored.file, "it changed while it was read")
+        array = mx.array(values)
+        return array.view(mx.bfloat16) if stored.dtype == "BF16" else array
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -40,11 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return every tensor of the checkpoint by its stored name.
-
-    Raises: ValueError naming the file and the remedy if one is missing, damaged or of a format
-    that is not read, and for a tensor that is stored twice.
-    """
+    """Return every tensor of a folder's safetensors by its stored name; errors as `Folder`."""
     tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         for name, stored in check_safetensors(file).items():
@@ -58,41 +127,55 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def check_safetensors(file: Path) -> dict[str, Stored]:
-    """Return a file's tensors after comparing its header with its size."""
+    """Return a file's tensors, in the order they lie in it, after comparing its header with it."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
             raise ValueError(f"{file} is a Git LFS pointer, not weights; run: git lfs pull")
         length = int.from_bytes(start, "little")
-        if length > min(size - 8, _LARGEST_HEADER):
+        if length > size - 8:
             raise _damaged(file, f"its header does not fit into its {size} bytes")
+        if length > _LARGEST_HEADER:
+            raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
         try:
-            header = json.loads(stream.read(length))
+            header = _parse(stream.read(length))
             header.pop("__metadata__", None)
-            tensors = {
-                name: Stored(file, entry["dtype"], tuple(entry["shape"]))
-                for name, entry in header.items()
-            }
-            ends = {name: (*entry["data_offsets"],) for name, entry in header.items()}
-            spans = {name: last - first for name, (first, last) in ends.items()}
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise _damaged(file, "its header cannot be read") from error
-    end = 8 + length + max((last for _, last in ends.values()), default=0)
-    if end != size:
-        raise _damaged(file, f"it has {size} bytes and its header announces {end}")
-    for name, stored in tensors.items():
-        item = _ITEM_BYTES.get(stored.dtype)
-        if item is not None and spans[name] != math.prod(stored.shape) * item:
+            entries = [_entry(name, entry) for name, entry in header.items()]
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise _damaged(file, f"its header cannot be read ({_short(error)})") from error
+    end = 0
+    tensors = {}
+    for first, last, name, dtype, shape in sorted(entries):
+        if first != end or last < first:
+            raise _damaged(file, f"tensor {name} does not begin where the one before it ends")
+        if last - first != math.prod(shape) * _BYTES[dtype]:
             raise _damaged(file, f"tensor {name} does not have the size of its shape")
+        tensors[name] = Stored(file, dtype, shape, 8 + length + first)
+        end = last
+    if 8 + length + end != size:
+        raise _damaged(file, f"it has {size} bytes and its header announces {8 + length + end}")
     return tensors
+
+
+def _entry(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """Return where a tensor begins and ends, its name, type and shape. Raises for anything odd."""
+    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, first, last]
+    wrong = any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers)
+    if wrong or dtype not in _BYTES:
+        raise ValueError(f"tensor {name[:80]} of type {str(dtype)[:20]}")
+    return first, last, name, dtype, tuple(shape)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        names = read_json(index).get("weight_map", {})
-        files = [folder / name for name in sorted(set(names.values()))]
+        weight_map = read_json(index).get("weight_map")
+        names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
+        if not names:
+            raise _damaged(index, "its weight_map does not name files of this folder")
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("model*.safetensors"))
     for file in files:
@@ -101,6 +184,17 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise _no_weights(folder)
     return files
+
+
+def _is_index(weight_map: Any) -> bool:
+    """Whether it names safetensors files, and none outside of the folder."""
+    return isinstance(weight_map, dict) and all(
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and "\0" not in name
+        and not {"/", "\\"} & set(name)
+        for name in weight_map.values()
+    )
 
 
 def _no_weights(folder: Path) -> ValueError:
@@ -115,13 +209,33 @@ def _no_weights(folder: Path) -> ValueError:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object. Raises ValueError naming the file if it holds none."""
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise _damaged(path, f"it has {size} bytes, too many for what it should hold")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON ({error})") from error
+        content = _parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"it is not JSON ({_short(error)})") from error
     if not isinstance(content, dict):
         raise _damaged(path, "it does not hold a JSON object")
     return content
+
+
+def _parse(text: bytes) -> Any:
+    """Parse JSON. Raises ValueError, also for a name that occurs twice; RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{twice[:80]} occurs twice")
+        return found
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+
+
+def _short(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
 
 
 def _damaged(file: Path, why: str) -> ValueError:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_mtp_mlx import __version__
+from gemma_mtp_mlx.cli_convert import convert
 from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
-    Dtype,
     Fast,
     Model,
     NoTemplate,
@@ -284,41 +284,7 @@ def cache_prompt(
     )
 
 
-@app.command()
-def convert(
-    hf_path: Annotated[str, opt("DIR_OR_REPO", "Checkpoint of the target to convert.")],
-    mlx_path: Annotated[Path, opt("DIR", "Folder to write; new or empty.")],
-    draft_hf_path: Annotated[
-        str | None, opt("DIR_OR_REPO", "Checkpoint of its drafter, written to DIR/drafter.")
-    ] = None,
-    quantize: Annotated[bool, flag("Quantise the weights.", "--quantize", "-q")] = False,
-    q_bits: Annotated[int | None, opt("N", "Bits per weight, with -q.  [default: 4]")] = None,
-    q_group_size: Annotated[
-        int | None, opt("N", "Weights per scale, with -q.  [default: 64]")
-    ] = None,
-    dtype: Annotated[Dtype | None, flag("Type of what is not quantised; as it is if not.")] = None,
-) -> None:
-    """Convert a Hugging Face checkpoint, and its drafter, to a folder for MLX."""
-    if not quantize and (q_bits, q_group_size) != (None, None):
-        raise ValueError("--q-bits and --q-group-size need -q, which asks for quantisation")
-    from gemma_mtp_mlx import convert as converter
-    from gemma_mtp_mlx import report
-
-    quantization = None
-    if quantize:
-        given = {"bits": q_bits, "group_size": q_group_size}
-        quantization = converter.Quantization(
-            **{name: value for name, value in given.items() if value is not None}
-        )
-    written = converter.convert(
-        hf_path,
-        mlx_path,
-        draft_source=draft_hf_path,
-        quantization=quantization,
-        dtype=None if dtype is None else dtype.value,
-        on_tensor=report.conversion_progress,
-    )
-    _say(*report.converted(written, mlx_path))
+app.command()(convert)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

@@ -36,6 +36,30 @@ def resolve(name: str) -> Path:
     return _download(name)
 
 
+def resolve_source(name: str) -> Path:
+    """Placeholder."""
+    return resolve(name)
+
+
+def drafter_of_source(name: str) -> str | None:
+    """Placeholder."""
+    return None
+
+
+def check_upload(repository: str) -> None:
+    """Placeholder."""
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Placeholder."""
+    return ""
+
+
+def repository_of(folder: Path) -> tuple[str, str] | None:
+    """Placeholder."""
+    return None
+
+
 def drafter_for(folder: Path) -> Path | None:
     """Return the drafter that lies in a target's folder, if there is one."""
     drafter = folder / "drafter"

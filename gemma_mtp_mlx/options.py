@@ -19,6 +19,16 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class QMode(StrEnum):
+    """What `--q-mode` may be: recipe.MODES, which takes long to import."""
+
+    AFFINE = "affine"
+    MXFP4 = "mxfp4"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
+    QAT = "qat"
+
+
 def opt(metavar: str, says: str, *names: str) -> Any:
     """Return an option with a value."""
     return typer.Option(*names, metavar=metavar, help=says)

@@ -6,8 +6,6 @@ the next ones, as far as they have come, when it is done.
 
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +16,6 @@ import mlx.core as mx
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gemma_mtp_mlx.api import Chunk, Pair, Result
-from gemma_mtp_mlx.convert import Report
-from gemma_mtp_mlx.convert.conversion import Written
 from gemma_mtp_mlx.depth import DepthState
 from gemma_mtp_mlx.request import Stats
 
@@ -343,36 +339,6 @@ def describe(pair: Pair) -> list[str]:
         head = "centroid" if pair.drafter.config.use_ordered_embeddings else "full"
         lines.append(f"Drafter: {len(text.layers)} layers of width {text.hidden_size}, {head} head")
     return lines
-
-
-def converted(report: Report, folder: Path) -> list[str]:
-    """Return what a conversion wrote and how to use it."""
-    lines = [f"{folder}: {_written(report.target)}"]
-    if report.drafter is None:
-        lines.append("No drafter was converted; name one with --draft-hf-path to draft with it")
-    else:
-        lines.append(f"{folder / 'drafter'}: {_written(report.drafter)}")
-    try_it = f"mlx-gemma-mtp generate --model {shlex.quote(str(folder))} --prompt Hello"
-    return [*lines, f"Try: {try_it}"]
-
-
-def conversion_progress(name: str, done: int, total: int) -> None:
-    """Show how far a model's conversion has come: on one line that changes, or when it is done."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{done} of {total}: {name}", end="", file=sys.stderr, flush=True)
-        if done == total:
-            print("\r\033[K", end="", file=sys.stderr)
-
-
-def _written(part: Written) -> str:
-    text = f"{part.used} tensors, {part.bytes_in / 1e6:.1f} MB as {part.bytes_out / 1e6:.1f} MB"
-    if part.quantized:
-        text += f", {part.quantized} modules quantised"
-    if part.kept:
-        text += f", {len(part.kept)} not ({', '.join(part.kept)})"
-    for reason, count in part.skipped.items():
-        text += f", {count} skipped ({reason})"
-    return text
 
 
 def _drafts(totals: Totals) -> list[str]:

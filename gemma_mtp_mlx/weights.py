@@ -15,13 +15,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from gemma_mtp_mlx.checkpoint import Stored, read_config, stored_tensors
+from gemma_mtp_mlx.checkpoint import Checkpoint, Folder, Stored
 from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.tensor_names import Names, Piece
 
-_STRIP = 1 << 24  # elements whose finiteness is tested at a time; bounds the temporaries
+_STRIP = 1 << 20  # values whose finiteness is tested at a time; bounds the temporaries
+_EXPONENTS = {
+    mx.float32: (mx.uint32, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+}
 _STORED_AS = {
     mx.float32: ("F32", "F16", "BF16"),
     mx.uint32: ("U32",),
@@ -38,10 +44,14 @@ class Plan:
     quantization: group_size, bits and mode of each quantised module, by its path.
     """
 
-    stored: dict[str, Stored]
+    checkpoint: Checkpoint
     pieces: dict[str, Piece]
     skipped: dict[str, int]
     quantization: dict[str, dict[str, Any]]
+
+    def stored(self, name: str) -> Stored:
+        """Return what holds a parameter."""
+        return self.checkpoint.tensors[self.pieces[name].stored]
 
 
 def load_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
@@ -50,28 +60,28 @@ def load_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
     Raises: ValueError naming the tensor or the file for anything missing, left over, misshaped,
     not finite, damaged or of an unknown kind.
     """
-    plan = plan_weights(module, folder, names)
+    plan = plan_weights(module, Folder(folder), names)
     values = ((name, _narrowed(value)) for name, value in read_parameters(plan))
     module.update(tree_unflatten(list(values)))
     return plan
 
 
-def plan_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
-    """Quantise the module as the folder is and find every parameter, without reading weights."""
-    stored = stored_tensors(folder)
+def plan_weights(module: nn.Module, checkpoint: Checkpoint, names: Names) -> Plan:
+    """Quantise the module as the checkpoint is and find every parameter, reading no weights."""
+    stored = checkpoint.tensors
     pieces, skipped = _assign(stored, names)
-    block = _quantization_block(read_config(folder))
+    block = _quantization_block(checkpoint.config)
     quantization = {} if block is None else _quantize(module, stored, pieces, (block, names))
-    plan = Plan(stored, pieces, skipped, quantization)
+    plan = Plan(checkpoint, pieces, skipped, quantization)
     _check(module, plan)
     return plan
 
 
 def read_parameters(plan: Plan) -> Iterator[tuple[str, mx.array]]:
-    """Yield each parameter and its value, evaluated and checked, one stored tensor at a time."""
+    """Yield each parameter of a folder and its value, evaluated and checked, a tensor at a time."""
     wanted: dict[Path, dict[str, list[tuple[str, Piece]]]] = {}
     for name, piece in plan.pieces.items():
-        by_tensor = wanted.setdefault(plan.stored[piece.stored].file, {})
+        by_tensor = wanted.setdefault(plan.stored(name).file, {})
         by_tensor.setdefault(piece.stored, []).append((name, piece))
     for file, by_tensor in wanted.items():
         arrays = mx.load(str(file))
@@ -82,7 +92,7 @@ def read_parameters(plan: Plan) -> Iterator[tuple[str, mx.array]]:
                 value = whole
                 if piece.parts > 1:
                     value = mx.contiguous(mx.split(whole, piece.parts, axis=-2)[piece.part])
-                _check_values(stored, value)
+                check_values(stored, value)
                 yield name, value
 
 
@@ -182,7 +192,7 @@ def _check(module: nn.Module, plan: Plan) -> None:
             "download it again, or check that config.json belongs to it"
         )
     for name, piece in plan.pieces.items():
-        shape, found = list(expected[name].shape), plan.stored[piece.stored]
+        shape, found = list(expected[name].shape), plan.stored(name)
         if piece.parts > 1:
             shape[-2] *= piece.parts
         if list(found.shape) != shape:
@@ -196,20 +206,28 @@ def _check(module: nn.Module, plan: Plan) -> None:
             )
 
 
-def _check_values(stored: str, value: mx.array) -> None:
-    """Evaluate a tensor. Raises ValueError if it holds what cannot be meant."""
+def check_values(stored: str, value: mx.array) -> None:
+    """Evaluate a tensor, or rows of one. Raises ValueError if it holds what cannot be meant."""
     mx.eval(value)
-    if mx.issubdtype(value.dtype, mx.floating):
-        rows = max(1, _STRIP * value.shape[0] // value.size)
-        for row in range(0, value.shape[0], rows):
-            if not mx.isfinite(value[row : row + rows]).all().item():
-                raise ValueError(
-                    f"tensor {stored} holds values that are not finite (nan or inf); "
-                    "the checkpoint is damaged, download it again"
-                )
-    is_ordering = mx.issubdtype(value.dtype, mx.signedinteger)
-    if is_ordering and not mx.array_equal(mx.sort(value), mx.arange(value.size)).item():
+    if mx.issubdtype(value.dtype, mx.floating) and not _is_finite(value):
+        raise ValueError(
+            f"tensor {stored} holds values that are not finite (nan or inf); "
+            "the checkpoint is damaged, download it again"
+        )
+    if mx.issubdtype(value.dtype, mx.signedinteger) and not _is_ordering(value):
         raise ValueError(f"tensor {stored} is not an ordering of the {value.size} token ids")
+
+
+def _is_ordering(value: mx.array) -> bool:
+    return bool(mx.array_equal(mx.sort(value.reshape(-1)), mx.arange(value.size)).item())
+
+
+def _is_finite(value: mx.array) -> bool:
+    """Whether no value's exponent is all ones. On the host, a strip at a time: it is quicker."""
+    unsigned, exponent = _EXPONENTS[value.dtype]
+    bits = np.asarray(value.view(unsigned)).reshape(-1)
+    strips = (bits[i : i + _STRIP] for i in range(0, bits.size, _STRIP))
+    return all((strip & exponent).max() < exponent for strip in strips)
 
 
 def fingerprint(model: nn.Module, config: ModelConfig) -> str:

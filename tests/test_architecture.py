@@ -15,6 +15,7 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
+    {"cli_convert"},
     {"options"},
     {"report"},
     {"batch"},

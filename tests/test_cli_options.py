@@ -5,7 +5,8 @@ from typer.main import get_command
 
 from gemma_mtp_mlx.api import MAX_BATCH
 from gemma_mtp_mlx.cli import ROWS, app
-from gemma_mtp_mlx.options import MOST_DRAFTS
+from gemma_mtp_mlx.convert.recipe import MODES
+from gemma_mtp_mlx.options import MOST_DRAFTS, QMode
 from gemma_mtp_mlx.round import MAX_DRAFTS
 
 COMMANDS = {
@@ -62,11 +63,14 @@ COMMANDS = {
     "convert": {
         "--hf-path": "required",
         "--mlx-path": "required",
-        "--draft-hf-path": None,
+        "--draft-hf-path": "auto",
         "--quantize -q": False,
+        "--q-mode": None,
         "--q-bits": None,
         "--q-group-size": None,
+        "--q-recipe": None,
         "--dtype": None,
+        "--upload-repo": None,
     },
 }
 MOST_OPTIONS = 29
@@ -103,6 +107,7 @@ def test_every_option_has_help() -> None:
 
 def test_bounds_are_the_runtime_s() -> None:
     assert (MOST_DRAFTS, ROWS) == (MAX_DRAFTS, MAX_BATCH)
+    assert tuple(QMode) == MODES
 
 
 def test_rich_output_is_off() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from gemma_mtp_mlx.checkpoint import read_config
+from gemma_mtp_mlx.checkpoint import Folder
 from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import target_names
@@ -55,10 +55,10 @@ def write_conditional(source: Path, folder: Path) -> None:
 
     Raises: ValueError if the config does not mean the same model in it.
     """
-    raw = read_config(source)
-    config = ModelConfig.from_dict(raw)
+    checkpoint = Folder(source)
+    config = ModelConfig.from_dict(checkpoint.config)
     module = Target(config)
-    plan = plan_weights(module, source, target_names(config))
+    plan = plan_weights(module, checkpoint, target_names(config))
     shard: dict[str, mx.array] = {}
     held = number = 0
     for name, value in read_parameters(plan):
@@ -68,7 +68,7 @@ def write_conditional(source: Path, folder: Path) -> None:
         shard[PREFIX + name] = value
         held += value.nbytes
     mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard)
-    written = conditional_config(raw, plan.quantization)
+    written = conditional_config(checkpoint.config, plan.quantization)
     if ModelConfig.from_dict(written) != config:
         raise ValueError(f"{source}: its config.json does not fit this layout; convert it first")
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")

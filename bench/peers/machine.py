@@ -9,8 +9,6 @@ from typing import Any
 
 from gemma_mtp_mlx.checkpoint import stored_tensors
 
-_ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "U32": 4, "I32": 4, "F32": 4, "I64": 8}
-
 
 def facts() -> dict[str, Any]:
     """Return what matters of this machine; never its name."""
@@ -39,13 +37,7 @@ def _processor() -> str:
 
 def stored_bytes(folder: Path) -> int:
     """Return the bytes of all tensors in a model's folder, drafters in it not counted."""
-    total = 0
-    for tensor in stored_tensors(folder).values():
-        size = _ITEM_BYTES.get(tensor.dtype, 1)
-        for length in tensor.shape:
-            size *= length
-        total += size
-    return total
+    return sum(stored.nbytes for stored in stored_tensors(folder).values())
 
 
 def ceiling(model: Path, bandwidth_gbps: float | None) -> str:

@@ -138,7 +138,10 @@ def test_a_quantised_model_is_what_mlx_lm_reads(tmp_path: Path, family: str) -> 
     source, draft_source = write_pair(tmp_path / "in", family)
     out = tmp_path / "out"
     report = convert(
-        str(source), out, draft_source=str(draft_source), quantization=Quantization(4, 32)
+        str(source),
+        out,
+        draft_source=str(draft_source),
+        quantization=Quantization(group_size=32),
     )
     target = load_target(out)
     model, _ = mlx_lm_utils.load_model(out)
@@ -147,13 +150,13 @@ def test_a_quantised_model_is_what_mlx_lm_reads(tmp_path: Path, family: str) -> 
     assert np.abs(logits(target) - want).max() <= 1e-3 * np.abs(want).max()
     modules = dict(target.named_modules())
     bits = {path: modules[path].bits for path in modules if "bits" in vars(modules[path])}
-    assert len(bits) == report.target.quantized > 0
+    assert len(bits) == report.target.packed > 0
     for path, value in bits.items():
-        fine = path.endswith(("router.proj", "embed_tokens_per_layer"))
+        fine = path.endswith(("router.proj", "embed_tokens_per_layer", "embed_tokens"))
         assert value == (8 if fine else 4), path
         said = read_config(out)["quantization"].get(path)
         assert said == ({"group_size": 32, "bits": 8, "mode": "affine"} if fine else None), path
-    assert report.target.bytes_out < 0.3 * report.target.bytes_in
+    assert report.target.bytes_out < 0.4 * report.target.bytes_in
     config = read_config(out)
     assert config["quantization"] == config["quantization_config"]
 
@@ -175,7 +178,7 @@ def test_a_quantised_drafter_keeps_its_centroid_head(tmp_path: Path, family: str
 
 def test_a_module_that_does_not_divide_is_kept_and_reported(tmp_path: Path) -> None:
     source, _ = write_pair(tmp_path / "in", "e2b")
-    report = convert(str(source), tmp_path / "out", quantization=Quantization(4, 128))
+    report = convert(str(source), tmp_path / "out", quantization=Quantization(group_size=128))
     assert "model.layers.0.per_layer_projection" in report.target.kept  # its input is 64 wide
     assert "model.layers.0.self_attn.q_proj" not in report.target.kept
     load_target(tmp_path / "out")
@@ -241,42 +244,14 @@ def test_tokenizer_and_generation_files_are_copied(tmp_path: Path) -> None:
         "chat_template.jinja",
         "config.json",
         "drafter",
+        "README.md",
+        "conversion.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
     }
     generation = json.loads((out / "drafter" / "generation_config.json").read_text())
     assert generation["num_assistant_tokens"] == 4
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_conversion_leaves_nothing(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
-    source, draft_source = write_pair(tmp_path / "in", "e2b")
-    seen = []
-
-    def interrupt(name: str, done: int, total: int) -> None:
-        seen.append(total)
-        if len(set(seen)) == 2:  # the target is complete, the drafter has begun
-            raise error
-
-    out = tmp_path / "new" / "out"
-    with pytest.raises(error):
-        convert(str(source), out, draft_source=str(draft_source), on_tensor=interrupt)
-    assert list(out.parent.iterdir()) == []
-
-
-def test_progress_counts_every_parameter(tmp_path: Path) -> None:
-    source, _ = write_pair(tmp_path / "in", "26b")
-    seen: list[tuple[int, int]] = []
-    report = convert(
-        str(source),
-        tmp_path / "out",
-        on_tensor=lambda name, done, total: seen.append((done, total)),
-    )
-    total = report.target.used
-    assert seen == [(done, total) for done in range(1, total + 1)]
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path) -> None:
@@ -340,4 +315,4 @@ def test_layers_the_published_layout_cannot_say_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("bits, group_size", [(1, 64), (7, 64), (4, 16), (4, 256)])
 def test_what_mlx_cannot_pack_is_refused(bits: int, group_size: int) -> None:
     with pytest.raises(ValueError, match="it must be"):
-        Quantization(bits, group_size)
+        Quantization("affine", bits, group_size)

@@ -1,0 +1,134 @@
+"""Shards written as their parameters are read: strips of rows through every core, in order.
+
+Values are changed on the CPU, whatever else there is, so that the bytes are the same on every
+machine. Memory holds a few strips, and the scales of one parameter: they lie behind all its codes.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from gemma_mtp_mlx.checkpoint import Checkpoint
+from gemma_mtp_mlx.convert.packing import Error, Part, Strip, convert_rows
+from gemma_mtp_mlx.convert.shard import ShardFile
+
+_local = threading.local()
+
+
+class Written(NamedTuple):
+    """A finished file: its SHA-256, and the error of each parameter that was packed."""
+
+    sha256: str
+    errors: dict[str, Error]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file to write. name: its path in the folder."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(output.nbytes for part in self.parts for output in part.outputs)
+
+
+def shards(folder: str, parts: Iterable[Part], most_bytes: int) -> list[Shard]:
+    """Divide parameters, in order, into files of at most so many bytes, or of one parameter."""
+    files: list[list[Part]] = [[]]
+    held = 0
+    for part in parts:
+        size = sum(output.nbytes for output in part.outputs)
+        if held and held + size > most_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(part)
+        held += size
+    count = len(files)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    return [Shard(f"{folder}{name}", tuple(file)) for name, file in zip(names, files, strict=True)]
+
+
+def write_shard(
+    shard: Shard, checkpoint: Checkpoint, file: Path, on_bytes: Callable[[int], None]
+) -> Written:
+    """Write a shard; an unfinished file is removed.
+
+    on_bytes: told how many bytes of the source were read, as they are.
+    Raises: ValueError naming a tensor whose values cannot be meant; OSError.
+    """
+    work = ((part, rows) for part in shard.parts for rows in part.strips())
+    errors: dict[str, Error] = {}
+    tensors = [output for part in shard.parts for output in part.outputs]
+    unfinished = file.with_suffix(".unfinished")
+    workers = max(1, min(8, os.cpu_count() or 1))
+    try:
+        with ThreadPoolExecutor(workers) as pool, ShardFile(unfinished, tensors) as out:
+            behind: list[list[mx.array]] = []
+            current = shard.parts[0]
+            for part, rows, strip in _ahead(pool, checkpoint, work, 2 * workers):
+                if part is not current:
+                    _write_all(out, behind)
+                    current, behind = part, []
+                first, *rest = strip.arrays
+                out.write(first)
+                behind = behind or [[] for _ in rest]
+                for arrays, array in zip(behind, rest, strict=True):
+                    arrays.append(array)
+                if strip.error is not None:
+                    errors[part.name] = errors.get(part.name, Error()) + strip.error
+                on_bytes(part.row_bytes * len(rows))
+            _write_all(out, behind)
+            digest = out.finish()
+        unfinished.rename(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return Written(digest, errors)
+
+
+def _write_all(out: ShardFile, behind: list[list[mx.array]]) -> None:
+    for arrays in behind:
+        for array in arrays:
+            out.write(array)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    checkpoint: Checkpoint,
+    work: Iterator[tuple[Part, range]],
+    most: int,
+) -> Iterator[tuple[Part, range, Strip]]:
+    """Yield strips in the order of the work, at most so many of them under way."""
+    waiting: deque[tuple[Part, range, Future[Strip]]] = deque()
+    try:
+        for part, rows in work:
+            if len(waiting) == most:
+                done, its_rows, strip = waiting.popleft()
+                yield done, its_rows, strip.result()
+            waiting.append((part, rows, pool.submit(_strip, checkpoint, part, rows)))
+        while waiting:
+            done, its_rows, strip = waiting.popleft()
+            yield done, its_rows, strip.result()
+    finally:
+        for _, _, strip in waiting:
+            strip.cancel()
+
+
+def _strip(checkpoint: Checkpoint, part: Part, rows: range) -> Strip:
+    """Read and convert rows, on a stream of this thread's own."""
+    if not hasattr(_local, "stream"):
+        _local.stream = mx.new_stream(mx.cpu)
+    with mx.stream(_local.stream):
+        value = checkpoint.rows(part.stored, rows.start, rows.stop)
+        return convert_rows(part.stored, value, part.change)
