@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from gemma_mtp_mlx.convert import grid
+from gemma_mtp_mlx import grid
 from gemma_mtp_mlx.weights import check_values
 
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}

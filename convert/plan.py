@@ -10,15 +10,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from gemma_mtp_mlx import hub, weights
+from gemma_mtp_mlx import grid, hub, weights
 from gemma_mtp_mlx.checkpoint import Checkpoint, Stored
 from gemma_mtp_mlx.config import DRAFTER_TYPES, DrafterConfig, ModelConfig
-from gemma_mtp_mlx.convert import grid
 from gemma_mtp_mlx.convert.config import drafter_dict, target_dict
 from gemma_mtp_mlx.convert.packing import DTYPES, Change, Part, outputs
 from gemma_mtp_mlx.convert.recipe import DRAFTER, Quantization, Recipe, Rule
 from gemma_mtp_mlx.convert.sources import open_source
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.pairing import check_pair
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import Piece, drafter_names, target_names
 
@@ -121,7 +121,7 @@ def plan_drafter(source: str, target: ModelPlan, dtype: str | None) -> ModelPlan
     checkpoint = open_source(path)
     config = DrafterConfig.from_dict(checkpoint.config)
     assert isinstance(target.module, Target)
-    config.check_pairs_with(target.module.config)
+    check_pair(target.module.config, config)
     module = Drafter(config)
     plan = weights.plan_weights(module, checkpoint, drafter_names())
     dtype = dtype or checkpoint.dtype

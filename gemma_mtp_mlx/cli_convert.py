@@ -121,6 +121,7 @@ def lines(report: "Report", folder: Path) -> Iterator[str]:
         model += " --draft-model none"
     else:
         yield from _written(report.drafter, folder / "drafter")
+    yield from report.doubts
     yield f"Try: mlx-gemma-mtp generate --model {model} --prompt Hello"
 
 

@@ -41,6 +41,11 @@ def resolve_source(name: str) -> Path:
     return resolve(name)
 
 
+def known_as(folder: Path) -> str:
+    """Placeholder."""
+    return folder.resolve().name
+
+
 def drafter_of_source(name: str) -> str | None:
     """Placeholder."""
     return None
