@@ -150,9 +150,12 @@ def convert_rows(stored: str, value: mx.array, change: Change) -> Strip:
 
 def _error(value: mx.array, packed: list[mx.array], params: dict[str, Any]) -> Error:
     """Compare in float32, as kernels decode: mx.dequantize rounds to the type of the scales."""
-    codes, *scales = packed
-    wide = [array.astype(mx.float32) if params["mode"] == "affine" else array for array in scales]
-    decoded = mx.dequantize(codes, *wide, **params, dtype=mx.float32)
+    codes, scales, *biases = packed
+    if biases:
+        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+    decoded = mx.dequantize(
+        codes, scales, biases[0] if biases else None, dtype=mx.float32, **params
+    )
     exact = value.astype(mx.float32)
     mx.eval(packed, decoded, exact)
     weights = np.asarray(exact).reshape(-1)

@@ -216,16 +216,18 @@ class _Packer:
         for path in open_paths:
             self._choose(path, self._recipe.choose(f"{model.folder}{path}"))
         self._check_grid()
+        packed = {
+            name.removesuffix(".weight"): change.params
+            for name, change in self._changes.items()
+            if change.params
+        }
         return replace(
             model,
             parts=tuple(
                 _part(model.plan, part.name, self._changes.get(part.name, part.change))
                 for part in model.parts
             ),
-            params={
-                **model.params,
-                **{name.removesuffix(".weight"): c.params for name, c in self._changes.items()},
-            },
+            params={**model.params, **packed},
             rules=self._recipe.rules,
             kept=tuple(self._kept),
             on_grid=tuple(self._grid[True]),

@@ -51,7 +51,7 @@ def fit(weights: mx.array, dtype: mx.Dtype) -> Fitted:
     left = np.arange(len(groups))
     for k in range(ZERO, 0, -1):  # llama.cpp gives the largest -8; training may give it less
         tried = groups[left]
-        scales = _rounded(_allowed(tried, largest[left] / -k, source), dtype)
+        scales = _rounded(_allowed(tried, largest[left] / np.float32(-k), source), dtype)
         found = (_rounded(scales[:, None] * _steps(tried, scales), source) == tried).sum(axis=1)
         better = found > equal[left]
         best[left[better]], equal[left[better]] = scales[better], found[better]
