@@ -68,6 +68,9 @@ COMMANDS = {
         "--q-group-size": None,
         "--dtype": None,
     },
+    "pull": {"name": "required", "--no-drafter": False},
+    "list": {"--json": False},
+    "rm": {"name": "required", "--yes -y": False},
 }
 MOST_OPTIONS = 29
 
