@@ -45,7 +45,7 @@ def rm(
     yes: Annotated[bool, flag("Do not ask.", "--yes", "-y")] = False,
 ) -> None:
     """Remove a downloaded model, all of its revisions."""
-    from gemma_mtp_mlx import hub_cache
+    from gemma_mtp_mlx import catalogue, hub_cache
     from gemma_mtp_mlx.download import readable
 
     found = hub_cache.find(name)
@@ -59,6 +59,9 @@ def rm(
             return
     freed = hub_cache.remove(repository)
     _say(f"Removed {repository}: {readable(freed)} freed")
+    drafter = catalogue.drafter_repository(repository)
+    if drafter in {model.repository for model in hub_cache.cached_models()}:
+        _say(f"Its drafter is still there: {drafter}")
 
 
 def _say(line: str) -> None:

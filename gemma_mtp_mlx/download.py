@@ -99,7 +99,7 @@ def missing_files(folder: Path) -> list[str]:
 
 def readable(size: int) -> str:
     """Return a size in bytes as text."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _listing(repository: str, revision: str) -> tuple[str, list[File]]:
@@ -140,9 +140,10 @@ def _fetch(repository: str, commit: str, files: Sequence[File]) -> None:
     there = sum(part.stat().st_size for _, part in parts.values() if part.exists())
     total = sum(file.size for file, _ in parts.values())
     _check_room(repository, total - there)
-    if parts:
-        blobs.mkdir(parents=True, exist_ok=True)
-        locks.mkdir(parents=True, exist_ok=True)
+    if not parts:
+        return
+    blobs.mkdir(parents=True, exist_ok=True)
+    locks.mkdir(parents=True, exist_ok=True)
     bar = tqdm(desc=repository, total=total, initial=there, unit="B", unit_scale=True, disable=None)
     with bar:
         for digest, (file, part) in parts.items():

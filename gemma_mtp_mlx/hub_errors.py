@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BAD_TOKEN = "Invalid credentials in Authorization header"
 
 
 def refused(error: Exception) -> bool:
@@ -42,17 +43,17 @@ def explained(repository: str, revision: str) -> Iterator[None]:
             f"{repository} asks you to accept its licence: do so at {page}, then run: hf auth login"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"there is no folder {repository} and no such repository on the hub; check the "
-            "spelling, or run: hf auth login (if it is private)"
-        ) from error
+        raise _not_found(repository) from error
     except RevisionNotFoundError as error:
         raise ValueError(
             f"{repository} has no revision {revision}; give a branch, tag or commit that "
             f"{page}/commits lists"
         ) from error
     except HfHubHTTPError as error:
-        raise ValueError(f"{repository}: {_answer(error.response.status_code)}") from error
+        status, said = error.response.status_code, error.response.headers.get("X-Error-Message")
+        if status == 401 and said != _BAD_TOKEN:  # the same to whom may not know of it
+            raise _not_found(repository) from error
+        raise ValueError(f"{repository}: {_answer(status)}") from error
     except OfflineModeIsEnabled as error:
         raise ValueError(
             f"{repository} is not in {constants.HF_HUB_CACHE}, or not all of it, and "
@@ -73,6 +74,13 @@ def explained(repository: str, revision: str) -> Iterator[None]:
         raise ValueError(
             f"downloading {repository} failed: {_first_line(error)}; try again"
         ) from error
+
+
+def _not_found(repository: str) -> ValueError:
+    return ValueError(
+        f"there is no folder {repository} and no such repository on the hub; check the spelling, "
+        "or run: hf auth login (if it is private)"
+    )
 
 
 def _answer(status: int) -> str:

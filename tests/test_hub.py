@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from gemma_mtp_mlx import hub
 from gemma_mtp_mlx.download import Choose
 
+TOKEN = "Invalid credentials in Authorization header"
 FILES = [
     ".gitattributes",
     "README.md",
@@ -58,11 +59,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/such/cache")
 
 
-def response(status: int) -> Any:
+def response(status: int, message: str = "") -> Any:
     """Return a response of the client that huggingface_hub happens to use."""
     client = import_module(HTTPError.__module__.partition(".")[0])
     request = client.Request("GET", "https://huggingface.co/google/gemma")
-    return client.Response(status, request=request)
+    return client.Response(status, headers={"X-Error-Message": message}, request=request)
 
 
 def test_a_folder_is_itself_even_if_it_looks_like_a_repository(
@@ -127,7 +128,8 @@ def test_a_folder_without_a_model_and_a_file_are_refused(tmp_path: Path) -> None
         (RepositoryNotFoundError("none", response=response(404)), "no such repository.*spelling"),
         (RevisionNotFoundError("no", response=response(404)), "no revision main; .*/commits lists"),
         (OfflineModeIsEnabled("offline"), "not in .*HF_HUB_OFFLINE is set; .*folder on disk"),
-        (HfHubHTTPError("no", response=response(401)), "does not know your token; .*hf auth login"),
+        (HfHubHTTPError("no", response=response(401)), "no such repository.*spelling"),
+        (HfHubHTTPError("no", response=response(401, TOKEN)), "know your token; .*hf auth login"),
         (HfHubHTTPError("no", response=response(403)), "your token may not read it; make one"),
         (HfHubHTTPError("no", response=response(429)), "fewer requests; wait"),
         (HfHubHTTPError("503 busy\nmore", response=response(503)), r"fails \(status 503\); try"),
