@@ -55,7 +55,8 @@ class ModelPlan:
     @property
     def origin(self) -> tuple[str, str | None]:
         """The source's repository and revision, or the name of its folder or file."""
-        return hub.repository_of(self.path) or (self.path.resolve().name, None)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return hub.repository_of(folder) or (self.path.resolve().name, None)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -173,9 +173,10 @@ class Pair:
 def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool = False) -> Pair:
     """Load a target and its drafter and, on a GPU, try the kernels they need.
 
-    model, drafter: a folder or a hub repository. drafter "auto" takes model/drafter and raises if
-    it is missing; None decodes plainly. fast: on a GPU, use MLX's own kernels where they are known
-    to be faster; what is generated is then the same up to numerical ties.
+    model, drafter: a folder, a hub repository or a short name, as `hub.resolve` takes them. drafter
+    "auto" is the target's own, found by `hub.drafter_for`, and raises if there is none; None means
+    plain decoding. fast: on a GPU, use MLX's own kernels where they are known to be faster; what is
+    generated is then the same up to numerical ties.
     Raises: ValueError naming the file and the remedy for anything that cannot be loaded, and for a
     drafter that does not belong to the target; RuntimeError for a kernel the device refuses.
     """
@@ -187,7 +188,8 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
         drafter_folder = hub.drafter_for(folder) if drafter == "auto" else hub.resolve(str(drafter))
         if drafter_folder is None:
             raise ValueError(
-                f"{folder} has no drafter folder; name its drafter, or none to decode plainly"
+                f"{folder} has no drafter folder and no published drafter is known for it; name "
+                "one with --draft-model, or none to decode plainly"
             )
         drafter_config = DrafterConfig.from_dict(read_config(drafter_folder))
         check_pair(target.config, drafter_config)

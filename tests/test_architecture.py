@@ -15,17 +15,17 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_convert"},
+    {"cli_convert", "cli_models"},
     {"options"},
     {"report"},
     {"batch"},
     {"lines", "convert"},
     {"__init__"},
     {"api", "async_session"},
-    {"session", "hub"},
-    {"engine", "prompts", "pairing"},
-    {"seating", "host", "probe"},
-    {"round", "prefix", "memory", "prompt_cache"},
+    {"session", "hub_cache"},
+    {"engine", "prompts", "hub"},
+    {"seating", "host", "probe", "download", "pairing", "upload"},
+    {"round", "prefix", "memory", "prompt_cache", "hub_errors"},
     {"target", "drafter"},
     {"depth"},
     {"layers", "acceptance", "weights", "costs", "grid"},
@@ -33,7 +33,7 @@ LEVELS = [
     {"cache", "kernels"},
     {"attention", "request", "tensor_names"},
     {"constraint", "penalties", "outcome"},
-    {"config", "sampling", "tokens", "checkpoint", "device", "segments"},
+    {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue"},
 ]
 # Where the names that the package itself offers are defined.
 HOMES = {"SamplingParams": "sampling", "Stats": "request", "__version__": None}
