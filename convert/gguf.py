@@ -3,11 +3,12 @@
 llama.cpp renames the tensors and changes no value on the way: norms are stored as they are (its
 Gemma 3 adds 1, Gemma 4 does not), q and k are not permuted, the router's scales are not multiplied
 into anything, and per-layer embeddings keep transformers' shape [V, N * width]. So names and
-packing are all there is to undo. Q4_0 and Q8_0 are the affine packing of MLX with 4 and 8 bits, 32
-weights per scale and the bias -8 or -128 times the scale; not a bit changes. Q6_K, in which Google
-stores embeddings, has 16 weights per scale, which MLX cannot pack: it becomes float32, exactly.
+packing are all there is to undo. Q4_0, Q4_1 and Q8_0 are the affine packing of MLX with 4 and 8
+bits and 32 weights per scale; only Q4_1 stores its biases, the others' are -8 and -128 times the
+scale. Not a bit changes. Q6_K, in which Google stores embeddings, has 16 weights per scale, which
+MLX cannot pack: it becomes float32, exactly.
 Source: llama.cpp, conversion/gemma.py (Gemma4Model), gguf-py/gguf/tensor_mapping.py,
-src/models/gemma4.cpp, ggml/src/ggml-common.h (blocks) and ggml-quants.c (dequantize_row_q6_K).
+src/models/gemma4.cpp, ggml/src/ggml-common.h (blocks) and ggml-quants.c (dequantize_row_*).
 """
 
 import math
@@ -23,8 +24,8 @@ from gemma_mtp_mlx.convert.gguf_config import ARCHITECTURE, text_config
 from gemma_mtp_mlx.convert.gguf_header import READ, Entry, damaged, read_header, type_name
 from gemma_mtp_mlx.convert.gguf_tokenizer import companion_files, token_ids
 
-_F32, _F16, _Q4_0, _Q8_0, _Q6_K, _BF16 = READ
-_BITS = {_Q4_0: 4, _Q8_0: 8}
+_F32, _F16, _Q4_0, _Q4_1, _Q8_0, _Q6_K, _BF16 = READ
+_BITS = {_Q4_0: 4, _Q4_1: 4, _Q8_0: 8}
 _DENSE = {_F32: "F32", _F16: "F16", _BF16: "BF16", _Q6_K: "F32"}
 _GROUP = 32
 _ROPE_FREQS = "rope_freqs.weight"
@@ -99,7 +100,7 @@ class GgufFile:
             if entry.type not in READ:
                 raise ValueError(
                     f"{path}: tensor {name} is stored as {type_name(entry.type)}, which MLX cannot "
-                    "hold as it is; use a Q4_0, Q8_0, F16 or BF16 file of the model"
+                    "hold as it is; use a Q4_0, Q8_0, F16 or BF16 file of it"
                 )
             if name == _ROPE_FREQS:
                 continue
@@ -215,35 +216,45 @@ def _published(file: Path, name: str) -> tuple[str, ...]:
 
 
 def _decode(source: _Source, data: bytearray) -> mx.array:
-    """Return whole rows' bytes as an array [rows, last axis] of what the source says."""
+    """Return whole rows' bytes as an array [rows, last axis] of what the source says.
+
+    What overflows or is not a number stays so: whoever checks the values names the tensor.
+    """
     kind, width = source.entry.type, source.entry.shape[-1]
-    if kind in _BITS:
-        return _decode_packed(source, data)
-    if kind == _Q6_K:
-        return mx.array(_six_bits(data).reshape(-1, width))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if kind in _BITS:
+            return mx.array(_packed(source, data).reshape(-1, width // _GROUP * _words(source)))
+        if kind == _Q6_K:
+            return mx.array(_six_bits(data).reshape(-1, width))
     values = np.frombuffer(data, {_F32: "<f4", _F16: "<f2", _BF16: "<u2"}[kind])
     array = mx.array(values.reshape(-1, width))
     return array.view(mx.bfloat16) if kind == _BF16 else array
 
 
-def _decode_packed(source: _Source, data: bytearray) -> mx.array:
-    """Return one of the three tensors of MLX's packing. A block: a float16, then its codes."""
-    kind, groups = source.entry.type, source.entry.shape[-1] // _GROUP
+def _words(source: _Source) -> int:
+    """Return how many numbers a packed tensor has per group."""
+    return _BITS[source.entry.type] * _GROUP // 32 if source.what == "codes" else 1
+
+
+def _packed(source: _Source, data: bytearray) -> np.ndarray[Any, Any]:
+    """Return one of the three tensors of MLX's packing, [blocks, numbers].
+
+    A block is its scale, in Q4_1 also its bias, both float16, and then its codes.
+    """
+    kind = source.entry.type
     blocks = np.frombuffer(data, np.uint8).reshape(-1, READ[kind].nbytes)
-    bits = _BITS[kind]
-    if source.what != "codes":
-        scales = blocks[:, :2].copy().view("<f2").reshape(-1, groups)
-        if source.what == "biases":
-            with np.errstate(over="ignore"):  # infinite: whoever checks the values says so
-                scales = scales * np.float16(-(2 ** (bits - 1)))
-        return mx.array(scales)
-    codes = blocks[:, 2:]
-    if kind == _Q4_0:  # low halves are weights 0 to 15, high halves 16 to 31: put pairs together
+    split = 4 if kind == _Q4_1 else 2
+    floats, codes = blocks[:, :split].copy().view("<f2"), blocks[:, split:]
+    if source.what == "scales":
+        return floats[:, :1]
+    if source.what == "biases":
+        return floats[:, 1:] if kind == _Q4_1 else floats * np.float16(-(2 ** _BITS[kind] // 2))
+    if kind == _Q8_0:  # signed to counted from -128
+        codes = codes ^ np.uint8(0x80)
+    else:  # low halves are weights 0 to 15, high halves 16 to 31: put neighbours together
         ordered = np.concatenate([codes & 15, codes >> 4], axis=-1)
         codes = ordered[:, 0::2] | ordered[:, 1::2] << 4
-    else:  # signed to counted from -128
-        codes = codes ^ np.uint8(0x80)
-    return mx.array(np.ascontiguousarray(codes).view("<u4").reshape(-1, groups * bits))
+    return np.ascontiguousarray(codes).view("<u4")
 
 
 def _six_bits(data: bytearray) -> np.ndarray[Any, np.dtype[np.float32]]:

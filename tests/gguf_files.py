@@ -19,9 +19,12 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from tests.checkpoints import write_checkpoint
+
 Values = dict[str, np.ndarray]
 Choose = Callable[[str, np.ndarray], Type]
-PACKED = {Type.Q4_0: 32, Type.Q8_0: 32, Type.Q6_K: 256}
+Edit = Callable[[gguf.GGUFWriter], Any]  # changes what a file will hold
+PACKED = {Type.Q4_0: 32, Type.Q4_1: 32, Type.Q8_0: 32, Type.Q6_K: 256}
 FILE = "model.gguf"
 
 
@@ -52,12 +55,9 @@ def write_gguf(
     choose: Choose = dense,
     *,
     split_experts: bool = False,
-    edit: Callable[[gguf.GGUFWriter], None] | None = None,
+    edit: Edit | None = None,
 ) -> tuple[Path, dict[str, np.ndarray]]:
-    """Write FILE beside a checkpoint and return it, and what its tensors mean, by their name in it.
-
-    edit: changes the file's contents before they are written.
-    """
+    """Write FILE beside a checkpoint and return it, and what its tensors mean by their names."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(folder / FILE, "gemma4")
     _add_metadata(writer, config)
@@ -75,6 +75,11 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return folder / FILE, meant
+
+
+def write(folder: Path, family: str, choose: Choose = dense, **options: Any) -> tuple[Path, Any]:
+    write_checkpoint(folder, family)
+    return write_gguf(folder, choose, **options)
 
 
 def pack(value: np.ndarray, kind: Type) -> np.ndarray:
@@ -239,3 +244,29 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
     writer.add_chat_template("{{ bos_token }}<|turn>{{ messages[0]['content'] }}<turn|>")
     writer.add_float32("general.sampling.top_p", 0.95)
+
+
+def set_value(key: str, value: Any, kind: gguf.GGUFValueType = gguf.GGUFValueType.UINT32) -> Edit:
+    """Return an edit that gives a key another value; an array is one of whole numbers."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        sub = gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.ARRAY else None
+        writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, kind, sub)
+
+    return edit
+
+
+def drop_value(key: str) -> Edit:
+    return lambda writer: writer.kv_data[0].pop(key)
+
+
+def drop_tensor(name: str) -> Edit:
+    return lambda writer: writer.tensors[0].pop(name)
+
+
+def add(name: str, shape: tuple[int, ...], kind: Type = Type.F32) -> Edit:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        values = np.ones(shape, np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    return edit

@@ -1,10 +1,7 @@
-"""A GGUF file reads as the checkpoint it was made from: config, tensors to the bit, tokenizer."""
+"""A GGUF file reads as the checkpoint it was made from: config, tensors to the bit."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,6 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm import tokenizer_utils
-from tokenizers import Tokenizer
 
 from gemma_mtp_mlx import weights
 from gemma_mtp_mlx.checkpoint import read_config
@@ -25,28 +20,12 @@ from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.convert.gguf import GgufFile
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import target_names
-from tests.checkpoints import FAMILIES, write_checkpoint
-from tests.gguf_files import (
-    FILE,
-    TEXT,
-    Choose,
-    add_tokenizer,
-    dense,
-    gemma_tokenizer,
-    mostly,
-    read_values,
-    write_gguf,
-)
+from tests.checkpoints import FAMILIES
+from tests.gguf_files import mostly, read_values, write
 
-Edit = Callable[[gguf.GGUFWriter], None]
-PACKED = {Type.Q4_0: 4, Type.Q8_0: 8}
+PACKED = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}
 # For every family, what llama.cpp calls a matrix and what its parameter is called here.
 Q_PROJ = ("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj")
-
-
-def write(folder: Path, family: str, choose: Choose = dense, **options: Any) -> tuple[Path, Any]:
-    write_checkpoint(folder, family)
-    return write_gguf(folder, choose, **options)
 
 
 def whole(file: GgufFile, name: str) -> np.ndarray:
@@ -191,7 +170,7 @@ def test_experts_may_be_split(tmp_path: Path, kind: Type) -> None:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
     """A mixture-of-experts file with every type that is read."""
-    kinds = [Type.Q4_0, Type.Q8_0, Type.F16, Type.BF16]
+    kinds = [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.F16, Type.BF16]
 
     def choose(name: str, value: np.ndarray) -> Type:
         return mostly(kinds[len(name) % len(kinds)])(name, value)
@@ -263,278 +242,3 @@ def test_a_file_that_shrank_is_noticed(tmp_path: Path) -> None:
     last = max(file.tensors, key=lambda name: file._sources[name].entry.start)
     with pytest.raises(ValueError, match="damaged or incomplete: it ends within"):
         file.rows(last, 0, 1)
-
-
-def set_value(key: str, value: Any, kind: gguf.GGUFValueType = gguf.GGUFValueType.UINT32) -> Edit:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        sub = gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.ARRAY else None
-        writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, kind, sub)
-
-    return edit
-
-
-def drop_value(key: str) -> Edit:
-    return lambda writer: writer.kv_data[0].pop(key)
-
-
-def drop_tensor(name: str) -> Edit:
-    return lambda writer: writer.tensors[0].pop(name)
-
-
-def add(name: str, shape: tuple[int, ...], kind: Type = Type.F32) -> Edit:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        values = np.ones(shape, np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    return edit
-
-
-STRING, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
-FLOAT = gguf.GGUFValueType.FLOAT32
-REFUSED: dict[str, tuple[str, Edit, str]] = {
-    "mmproj": ("31b", set_value("general.architecture", "clip", STRING), "architecture 'clip'"),
-    "drafter": (
-        "31b",
-        set_value("general.architecture", "gemma4-assistant", STRING),
-        "architecture 'gemma4-assistant', expected 'gemma4'; give the file of a Gemma 4 target",
-    ),
-    "shard": ("31b", set_value("split.count", 3), "llama-gguf-split --merge"),
-    "k-quant": (
-        "31b",
-        add("blk.0.attn_v.bias", (8, 256), Type.Q4_1),
-        "tensor blk.0.attn_v.bias is stored as Q4_1, which MLX .* use a Q4_0, Q8_0, F16 or BF16",
-    ),
-    "packed norm": (
-        "31b",
-        add("blk.9.attn_norm.weight", (128,), Type.Q8_0),
-        "blk.9.attn_norm.weight is packed as Q8_0, expected F32",
-    ),
-    "packed scale": (
-        "26b",
-        add("blk.9.ffn_gate_inp.scale", (2, 128), Type.Q8_0),
-        "blk.9.ffn_gate_inp.scale is packed as Q8_0, expected F32",
-    ),
-    "vision": ("31b", add("v.blk.0.ln1.weight", (8,)), "tensor v.blk.0.ln1.weight does not belong"),
-    "unknown": ("31b", add("blk.0.attn_sinks", (8,)), "tensor blk.0.attn_sinks does not belong"),
-    "fused and split": ("26b", add("blk.0.ffn_up_exps.weight", (8, 64, 128)), "twice"),
-    "odd fused": (
-        "31b",
-        add("blk.0.ffn_gate_up_exps.weight", (8, 63, 128)),
-        r"blk.0.ffn_gate_up_exps.weight has shape \[8, 63, 128\]",
-    ),
-    "flat fused": (
-        "31b",
-        add("blk.0.ffn_gate_up_exps.weight", (64, 128)),
-        r"blk.0.ffn_gate_up_exps.weight has shape \[64, 128\]",
-    ),
-    "some full layers with values": (
-        "31b",
-        add("blk.3.attn_v.weight", (64, 128)),
-        "attn_v in some of its full layers only",
-    ),
-    "no rotation": ("31b", drop_tensor("rope_freqs.weight"), "no float32 tensor rope_freqs"),
-    "no embedding": ("31b", drop_tensor("token_embd.weight"), "no tensor token_embd.weight"),
-    "scaled rotation": (
-        "31b",
-        set_value("gemma4.rope.scaling.type", "yarn", STRING),
-        "says 'yarn' for gemma4.rope.scaling.type, expected none",
-    ),
-    "part of a sliding head": (
-        "31b",
-        set_value("gemma4.rope.dimension_count_swa", 8),
-        "says 8 for gemma4.rope.dimension_count_swa, expected the length of a head",
-    ),
-    "no layers": ("31b", drop_value("gemma4.block_count"), "says nothing for gemma4.block_count"),
-    "countless layers": (
-        "31b",
-        set_value("gemma4.block_count", 2**32 - 1),
-        "says 4294967295 for gemma4.block_count, expected no more than its",
-    ),
-    "too few layers": (
-        "31b",
-        set_value("gemma4.block_count", 7),
-        "attention.sliding_window_pattern, expected 7 whole numbers",
-    ),
-    "period": (
-        "31b",
-        set_value("gemma4.attention.sliding_window_pattern", 6),
-        "says 6 for gemma4.attention.sliding_window_pattern, expected layers of both kinds",
-    ),
-    "odd key heads": (
-        "31b",
-        set_value("gemma4.attention.head_count_kv", [4, 4, 2, 2, 4, 4, 4, 2], ARRAY),
-        "head_count_kv, expected one number for each kind of layer",
-    ),
-    "key heads by kind": (
-        "e4b",
-        set_value("gemma4.attention.head_count_kv", [2, 2, 1, 2, 2, 1, 2, 2, 1], ARRAY),
-        "head_count_kv, expected one number where full layers have values",
-    ),
-    "odd heads": (
-        "31b",
-        set_value("gemma4.attention.head_count", [8] * 7 + [4], ARRAY),
-        "head_count, expected the same number in every layer",
-    ),
-    "odd widths": (
-        "e2b",
-        set_value("gemma4.feed_forward_length", [192] * 9 + [384], ARRAY),
-        "feed_forward_length, expected one width, doubled where keys are shared",
-    ),
-    "all shared": ("31b", set_value("gemma4.attention.shared_kv_layers", 8), "shared_kv_layers"),
-    "values of another length": (
-        "31b",
-        set_value("gemma4.attention.value_length_swa", 32),
-        "says 32 for gemma4.attention.value_length_swa, expected 16, as for keys",
-    ),
-    "no epsilon": (
-        "31b",
-        set_value("gemma4.attention.layer_norm_rms_epsilon", 0.0, FLOAT),
-        "layer_norm_rms_epsilon, expected a positive number",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_a_target_is_refused(tmp_path: Path, case: str) -> None:
-    family, edit, message = REFUSED[case]
-    path, _ = write(tmp_path, family, edit=edit)
-    with pytest.raises(ValueError, match=message) as caught:
-        GgufFile(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "divisors, message",
-    [
-        ([1, 1, 2, 2] + [1e30] * 12, "scales positions"),
-        ([1e30, 1] + [1e30] * 14, "not that of a Gemma 4"),
-        ([1] * 8, "not that of a Gemma 4"),
-    ],
-)
-def test_another_rotation_is_refused(tmp_path: Path, divisors: list[float], message: str) -> None:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        del writer.tensors[0]["rope_freqs.weight"]
-        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
-
-    path, _ = write(tmp_path, "31b", edit=edit)
-    with pytest.raises(ValueError, match=message):
-        GgufFile(path)
-
-
-@pytest.fixture(scope="module")
-def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenized")
-    write(folder, "12b", edit=add_tokenizer)
-    return folder / FILE
-
-
-TEXTS = [
-    TEXT,
-    " leading and  double spaces ",
-    "<|turn>user\nsmall<turn|>\n<|channel>thought<channel|>",
-    "b<b>b <b> <eos></eos>",
-    "nothing learned: ÄÖ 漢字 🙂\x00▁",
-    "",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_tokenizer_is_the_same(tokenized: Path, text: str) -> None:
-    made = GgufFile(tokenized).companion_files()["tokenizer.json"]
-    tokenizer = Tokenizer.from_str(made.decode())
-    original = Tokenizer.from_str(json.dumps(gemma_tokenizer()))
-    ids = original.encode(text).ids
-    assert tokenizer.encode(text).ids == ids
-    assert tokenizer.encode(text, add_special_tokens=False).ids == ids[1:]
-    for skip in (True, False):
-        want = original.decode(ids, skip_special_tokens=skip)
-        assert tokenizer.decode(ids, skip_special_tokens=skip) == want
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=st.text(st.sampled_from("smal textw\n▁<>bé") | st.characters(codec="utf-8")))
-def test_any_text_has_the_same_tokens(tokenized: Path, text: str) -> None:
-    made = GgufFile(tokenized).companion_files()["tokenizer.json"]
-    tokenizer = Tokenizer.from_str(made.decode())
-    original = Tokenizer.from_str(json.dumps(gemma_tokenizer()))
-    assert tokenizer.encode(text).ids == original.encode(text).ids
-
-
-def test_tokenizer_json_is_gemmas(tokenized: Path) -> None:
-    made = json.loads(GgufFile(tokenized).companion_files()["tokenizer.json"])
-    want = gemma_tokenizer()
-    assert made.keys() == want.keys()
-    for name in want:
-        assert made[name] == want[name], name
-
-
-def test_mlx_lm_loads_the_companion_files(tokenized: Path, tmp_path: Path) -> None:
-    file = GgufFile(tokenized)
-    for name, content in file.companion_files().items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "config.json").write_text(json.dumps(file.config))
-    tokenizer = tokenizer_utils.load(tmp_path)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "small"}])
-    original = Tokenizer.from_str(json.dumps(gemma_tokenizer()))
-    assert list(ids) == original.encode("<|turn>small<turn|>").ids
-    assert tokenizer.bos_token == "<bos>" and tokenizer.eos_token == "<turn|>"
-    assert tokenizer.decode(original.encode(TEXT).ids, skip_special_tokens=True) == TEXT
-    generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation == {
-        "bos_token_id": 2,
-        "eos_token_id": [1, 6],
-        "pad_token_id": 0,
-        "top_p": 0.95,
-    }
-    assert file.config["eos_token_id"] == [1, 6]
-
-
-BAD_TOKENIZERS: dict[str, tuple[Edit, str]] = {
-    "none": (lambda writer: None, "its tokenizer.ggml.model is 'None', expected 'gemma4'"),
-    "another": (set_value("tokenizer.ggml.model", "llama", STRING), "model is 'llama'"),
-    "merges": (drop_value("tokenizer.ggml.merges"), "it has no tokenizer.ggml.merges"),
-    "kinds": (drop_value("tokenizer.ggml.token_type"), "token_type is not one number per token"),
-    "bos": (drop_value("tokenizer.ggml.bos_token_id"), "it names no bos or no unknown token"),
-    "far bos": (set_value("tokenizer.ggml.bos_token_id", 10**6), "it names no bos or no unknown"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TOKENIZERS)
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path, case: str) -> None:
-    change, message = BAD_TOKENIZERS[case]
-
-    def edit(writer: gguf.GGUFWriter) -> None:
-        if case != "none":
-            add_tokenizer(writer)
-        change(writer)
-
-    file = GgufFile(write(tmp_path, "31b", edit=edit)[0])
-    with pytest.raises(ValueError, match=message) as caught:
-        file.companion_files()
-    assert "take tokenizer.json" in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "tokens, merges, message",
-    [
-        (["<bos>", "<unk>", "a", "a"], ["a a"], "names a token twice"),
-        (["<bos>", "<unk>", "a", "b"], ["a b"], "its tokens and merges do not fit"),
-        (["<bos>", "<unk>", "a", "b"], ["a\nb"], "its tokens and merges do not fit"),
-    ],
-)
-def test_merges_that_do_not_fit_are_refused(
-    tmp_path: Path, tokens: list[str], merges: list[str], message: str
-) -> None:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gemma4")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3, 2, 1, 1])
-        writer.add_token_merges(merges)
-        writer.add_bos_token_id(0)
-        writer.add_unk_token_id(1)
-
-    path, _ = write(tmp_path, "31b", edit=edit)
-    with pytest.raises(ValueError, match=message) as caught:
-        GgufFile(path).companion_files()
-    assert "\n" not in str(caught.value)
-    shutil.rmtree(tmp_path)
