@@ -106,7 +106,7 @@ def head_logits(hidden: mx.array, head: nn.Module, cap: float | None) -> mx.arra
 
 def head_logits_reference(hidden: mx.array, head: nn.Module, cap: float | None) -> mx.array:
     """Define head_logits."""
-    logits = head.as_linear(hidden).astype(mx.float32)
+    logits = head.as_linear(hidden).astype(hidden.dtype).astype(mx.float32)
     return logits if cap is None else _softcap(logits, cap)
 
 

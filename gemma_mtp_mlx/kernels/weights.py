@@ -1,4 +1,9 @@
-"""How a linear layer's weights are stored, as weights.metal has to know it."""
+"""How a linear layer's weights are stored, as weights.metal has to know it.
+
+Scales, and weights that are not quantised, may be of another dtype than activations: q4_0's scales
+are float16, whose numbers bfloat16 cannot hold. MLX's own operations promote where the two meet,
+and a definition rounds what they return to the activations' dtype; kernels decode to float32.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,6 +87,17 @@ def weight_arrays(module: nn.Module) -> list[mx.array]:
     codes = module["weight"]
     scales = module.get("scales", codes)
     return [codes, scales, module.get("biases", scales)]
+
+
+def decoded_rows(table: nn.Module, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return rows [..., E] of an embedding, decoded in `dtype` if its scales are of it.
+
+    Where they are not, neither may hold the other's numbers: rows are float32 then.
+    """
+    if "biases" not in table or table.scales.dtype == dtype:
+        return table(ids)
+    scales, biases = (table[part][ids].astype(mx.float32) for part in ("scales", "biases"))
+    return mx.dequantize(table.weight[ids], scales, biases, table.group_size, table.bits)
 
 
 @lru_cache  # layers ask at every launch

@@ -36,9 +36,10 @@ class Router(NamedTuple):
     top_k: int
 
 
-def _router(shape: Shape, dtype: mx.Dtype, bits: int = 0) -> Router:
+def _router(shape: Shape, dtype: mx.Dtype, bits: int = 0, stored: mx.Dtype | None = None) -> Router:
+    """stored: the dtype of the projection's weights or scales, if it is not the model's."""
     proj = nn.Linear(shape.width, shape.experts, bias=False)
-    proj.weight = draw(1, shape.experts, shape.width, dtype=dtype)
+    proj.weight = draw(1, shape.experts, shape.width, dtype=stored or dtype)
     return Router(
         nn.QuantizedLinear.from_linear(proj, 32, bits) if bits else proj,
         (1 + draw(2, shape.width, dtype=dtype, scale=0.1)).astype(dtype),
@@ -74,18 +75,22 @@ def _dense(chosen: mx.array, weights: mx.array, experts: int) -> mx.array:
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, bits",
+    "shape, dtype, bits, stored",
     [
-        (GEMMA, mx.bfloat16, 8),
-        (GEMMA, mx.bfloat16, 0),
-        (TINY, mx.bfloat16, 8),
-        (TINY, mx.float16, 0),
-        (TINY, mx.float32, 0),
-        (ODD, mx.bfloat16, 4),
+        (GEMMA, mx.bfloat16, 8, None),
+        (GEMMA, mx.bfloat16, 0, None),
+        (TINY, mx.bfloat16, 8, None),
+        (TINY, mx.float16, 0, None),
+        (TINY, mx.float32, 0, None),
+        (ODD, mx.bfloat16, 4, None),
+        (TINY, mx.bfloat16, 8, mx.float16),
+        (ODD, mx.bfloat16, 0, mx.float32),
     ],
 )
-def test_values(metal: Executor, shape: Shape, dtype: mx.Dtype, bits: int) -> None:
-    router = _router(shape, dtype, bits)
+def test_values(
+    metal: Executor, shape: Shape, dtype: mx.Dtype, bits: int, stored: mx.Dtype | None
+) -> None:
+    router = _router(shape, dtype, bits, stored)
     x = _decided(4, router, shape.width, dtype)
     found, reference = (f(x, *router, EPS) for f in (route_metal, route_reference))
     assert (found[0].dtype, found[1].dtype) == (mx.int32, mx.float32)
