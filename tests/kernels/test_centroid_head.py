@@ -182,6 +182,18 @@ def test_candidates_have_the_logits_of_the_whole_head() -> None:
         assert _ids(ids[row]) == sorted(clusters[_best(scores[row], 4)].reshape(-1).tolist())
 
 
+def test_centroids_scores_are_rounded_to_the_dtype_of_hidden_states(metal: Executor) -> None:
+    """Higher by less than that leaves them equal, whatever the centroids' dtype."""
+    head, h = _head(Form(0, mx.float32), TINY), mx.ones((1, TINY.width), mx.bfloat16)
+    higher = 1 + mx.arange(TINY.centroids)[:, None] * 2**-13
+    head.centroids.weight = mx.broadcast_to(higher / TINY.width, head.centroids.weight.shape)
+    first = np.array(head.ordering).reshape(TINY.centroids, -1)[: TINY.top_k].reshape(-1)
+    assert _ids(centroid_candidates(h, head)[1][0]) == sorted(first.tolist())
+    (token,) = _ids(centroid_head_metal(h, head, _sampling(1), _positions(1)))
+    logits = head_logits_metal(h, head.tokens, None)[0]
+    assert token == first[np.argmax(exact(logits)[first])]
+
+
 class Scores(NamedTuple):
     """What is exactly so, and by how much numbers in a dtype may be off. [B, C]; [B, V]; [B]."""
 

@@ -111,6 +111,19 @@ def test_values(
 
 
 @pytest.mark.parametrize("f", [route_metal, route_reference])
+def test_scores_are_rounded_to_the_dtype_of_activations(metal: Executor, f: object) -> None:
+    """Higher by less than that leaves them equal, whatever the projection's dtype."""
+    router = _router(TINY, mx.bfloat16, stored=mx.float32)
+    higher = 1 + mx.arange(TINY.experts)[:, None] * 2**-13
+    router.proj.weight = mx.broadcast_to(higher / TINY.width, router.proj.weight.shape)
+    x, ones = mx.ones((3, TINY.width), mx.bfloat16), mx.ones((TINY.width,), mx.bfloat16)
+    chosen, weights = f(x, *router._replace(scale=ones), EPS)  # type: ignore[operator]
+    assert chosen.tolist() == [[0, 1]] * 3
+    halves = mx.broadcast_to(router.expert_scale[:2].astype(mx.float32) / 2, (3, 2))
+    assert mx.allclose(weights, halves, rtol=2**-20, atol=0)
+
+
+@pytest.mark.parametrize("f", [route_metal, route_reference])
 def test_equal_scores_go_to_the_lowest_numbers(metal: Executor, f: object) -> None:
     router = _router(ODD, mx.bfloat16)
     rows = mx.array([5, 5, 1, 9] * 10)

@@ -117,6 +117,7 @@ def test_an_embedding_is_a_layer_too(metal: Executor) -> None:
         nn.Linear(64, 12, bias=False),
         nn.Linear(64, 8, bias=True),
         nn.QuantizedLinear(64, 8, bias=True),
+        nn.QuantizedLinear(64, 8, bias=False).update({"biases": mx.zeros((8, 1), mx.float16)}),
     ],
     ids=str,
 )
