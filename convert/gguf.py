@@ -85,13 +85,17 @@ class GgufFile:
     """A checked file, none of its weights read.
 
     config: config.json in the published, flat layout, with MLX's "quantization" if tensors are
-    packed. tensors: by the names that `tensor_names.target_names` reads; shapes are MLX's.
+    packed. tensors: by the names that `tensor_names.target_names` reads; shapes are MLX's. dtype:
+    norms are stored in float32, whatever the model's type was.
     """
+
+    dtype: str | None = "bfloat16"
 
     def __init__(self, path: Path) -> None:
         """Raises: ValueError naming the file for anything but a whole, unsplit Gemma 4 target."""
         self.tensors: dict[str, Stored] = {}
         self._file = path
+        self.files: tuple[Path, ...] = (path,)
         self._sources: dict[str, _Source] = {}
         self._metadata, entries = read_header(path)
         _check_kind(path, self._metadata)
