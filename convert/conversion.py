@@ -23,7 +23,6 @@ from gemma_mtp_mlx.convert.packing import Error
 from gemma_mtp_mlx.convert.plan import WRITTEN, ModelPlan, plan_drafter, plan_target
 from gemma_mtp_mlx.convert.recipe import Quantization, Rule, check_used, default_recipe
 from gemma_mtp_mlx.convert.record import RECORD, Written, record
-from gemma_mtp_mlx.convert.sources import companions
 from gemma_mtp_mlx.convert.stream import Shard, shards, write_shard
 from gemma_mtp_mlx.pairing import LOOKED_AT, Kind, doubts, kind_of
 
@@ -181,7 +180,7 @@ def _finish(
     plan: ModelPlan, those: Sequence[Shard], journal: Journal, digests: Digests, card: str | None
 ) -> Written:
     """Write a model's small files, what was converted from what among them."""
-    small = companions(plan.path)
+    small = dict(plan.companions)
     small["config.json"] = _json({**plan.config, **plan.quantization_block})
     if card is not None:
         small["README.md"] = card.encode()

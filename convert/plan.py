@@ -16,7 +16,7 @@ from gemma_mtp_mlx.config import DRAFTER_TYPES, DrafterConfig, ModelConfig
 from gemma_mtp_mlx.convert.config import drafter_dict, target_dict
 from gemma_mtp_mlx.convert.packing import DTYPES, Change, Part, outputs
 from gemma_mtp_mlx.convert.recipe import DRAFTER, Quantization, Recipe, Rule
-from gemma_mtp_mlx.convert.sources import open_source
+from gemma_mtp_mlx.convert.sources import companions, open_source
 from gemma_mtp_mlx.drafter import Drafter
 from gemma_mtp_mlx.pairing import check_pair
 from gemma_mtp_mlx.target import Target
@@ -33,7 +33,8 @@ class ModelPlan:
     """A checked source and what becomes of it; none of its weights are read.
 
     folder: "" or "drafter/". source: as it was named; path: where that is. config: config.json to
-    be written, but for quantisation. params: of each module that is packed, in OUT. taken: modules
+    be written, but for quantisation. params: of each module that is packed, in OUT. companions: the
+    files a model is used with. taken: modules
     that the source has packed; kept: modules no rule packs, or whose rows do not divide; on_grid,
     off_grid: modules that QAT was asked for and has, or has not, trained.
     """
@@ -47,6 +48,7 @@ class ModelPlan:
     dtype: str | None
     parts: tuple[Part, ...]
     params: dict[str, dict[str, Any]]
+    companions: dict[str, bytes]
     rules: tuple[Rule, ...] = ()
     kept: tuple[str, ...] = ()
     on_grid: tuple[str, ...] = ()
@@ -153,7 +155,8 @@ def _as_it_is(
         name: Change(_kept_dtype(name, plan.stored(name), plan, cast)) for name in plan.pieces
     }
     parts = tuple(_part(plan, name, change) for name, change in changes.items())
-    return ModelPlan(folder, source, path, config, module, plan, dtype, parts, plan.quantization)
+    params, small = plan.quantization, companions(path)
+    return ModelPlan(folder, source, path, config, module, plan, dtype, parts, params, small)
 
 
 def _kept_dtype(name: str, stored: Stored, plan: weights.Plan, cast: mx.Dtype | None) -> mx.Dtype:

@@ -101,10 +101,7 @@ def assert_loads(file: GgufFile) -> None:
     """Plan a load as weights.plan_weights does: every parameter is there, with its kind."""
     config = ModelConfig.from_dict(file.config)
     module, names = Target(config), target_names(config)
-    pieces, skipped = weights._assign(file.tensors, names)
-    block = weights._quantization_block(file.config)
-    found = {} if block is None else weights._quantize(module, file.tensors, pieces, (block, names))
-    weights._check(module, weights.Plan(file.tensors, pieces, skipped, found))
+    found = weights.plan_weights(module, file, names).quantization
     scales = {name for name in file.tensors if name.endswith(".scales")}
     assert found.keys() == {name.removesuffix(".scales") for name in scales}
 

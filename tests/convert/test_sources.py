@@ -15,7 +15,7 @@ from gemma_mtp_mlx import SamplingParams, load
 from gemma_mtp_mlx.checkpoint import read_config
 from gemma_mtp_mlx.convert import Quantization, convert
 from tests.checkpoints import FAMILIES, write_assistant
-from tests.gguf_files import mostly, write
+from tests.gguf_files import add_tokenizer, mostly, write
 
 PROMPT = [2, *range(7, 60, 2)]
 
@@ -30,7 +30,7 @@ def greedy(folder: Path, **options: object) -> list[int]:
 @pytest.mark.parametrize("packed", [Type.F32, Type.Q4_0, Type.Q8_0])
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path, family: str, packed: Type) -> None:
     """The codes and the float16 scales are the file's, the rest is bfloat16."""
-    file, _ = write(tmp_path / "in", family, mostly(packed))
+    file, _ = write(tmp_path / "in", family, mostly(packed), edit=add_tokenizer)
     write_assistant(tmp_path / "drafter", family, dtype="bfloat16")
     out = tmp_path / "out"
     report = convert(str(file), out, draft_source=str(tmp_path / "drafter"))
@@ -52,7 +52,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path, family: str, packed: Type)
 
 
 def test_what_a_gguf_file_has_not_packed_is_packed_by_a_recipe(tmp_path: Path) -> None:
-    file, _ = write(tmp_path / "in", "26b", mostly(Type.Q4_0))
+    file, _ = write(tmp_path / "in", "26b", mostly(Type.Q4_0), edit=add_tokenizer)
     out = tmp_path / "out"
     report = convert(str(file), out, quantization=Quantization(group_size=32))
     assert report.target.taken and report.target.packed
@@ -65,7 +65,7 @@ def test_what_a_gguf_file_has_not_packed_is_packed_by_a_recipe(tmp_path: Path) -
 
 
 def test_a_gguf_file_that_is_packed_already_is_not_packed_again(tmp_path: Path) -> None:
-    file, _ = write(tmp_path / "in", "31b", mostly(Type.Q4_0))
+    file, _ = write(tmp_path / "in", "31b", mostly(Type.Q4_0), edit=add_tokenizer)
     with pytest.raises(ValueError, match="quantised already and would lose twice"):
         convert(str(file), tmp_path / "out", quantization=Quantization())
     assert not (tmp_path / "out").exists()
