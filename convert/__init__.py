@@ -3,7 +3,6 @@
 sources.py     folders, compressed-tensors (compressed.py) and GGUF files (gguf*.py) as checkpoints
 config.py      the published config layout, from any layout
 recipe.py      which modules are packed, and how
-grid.py        the q4_0 grid of QAT checkpoints
 plan.py        what becomes of each parameter, from headers alone
 packing.py     rows of weights as they are written, and how far they are from the source's
 stream.py      strips of rows through every core, into files (shard.py)

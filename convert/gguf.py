@@ -103,8 +103,8 @@ class GgufFile:
         for name, entry in entries.items():
             if entry.type not in READ:
                 raise ValueError(
-                    f"{path}: tensor {name} is stored as {type_name(entry.type)}, which MLX cannot "
-                    "hold as it is; use a Q4_0, Q8_0, F16 or BF16 file of it"
+                    f"{path}: tensor {name} is stored as {type_name(entry.type)}, which is not "
+                    "read; use a Q4_0, Q8_0, F16 or BF16 file of the model"
                 )
             if name == _ROPE_FREQS:
                 continue

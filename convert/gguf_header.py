@@ -153,7 +153,7 @@ class _Header:
         return float(str(value)) if kind == "<f4" else value.item()
 
     def text(self) -> str:
-        length = self.number("<u8")
+        length = int.from_bytes(self._take(8), "little")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError as error:

@@ -25,7 +25,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "other packing": (
         "31b",
         add("blk.9.attn_v.weight", (8, 256), Type.Q5_1),
-        "tensor blk.9.attn_v.weight is stored as Q5_1, which MLX .* use a Q4_0, Q8_0, F16 or BF16",
+        "tensor blk.9.attn_v.weight is stored as Q5_1, which is not read; use a Q4_0",
     ),
     "packed norm": (
         "31b",
