@@ -111,7 +111,8 @@ def decompress(folder: Path, dtype: mx.Dtype) -> None:
 def is_linear(name: str, value: Array) -> bool:
     """Whether a tensor is the weight of a linear layer inside a layer, as w4a16 packs them."""
     parts = (".self_attn.", ".mlp.", ".per_layer_")
-    return ".layers." in name and value.ndim == 2 and any(part in name for part in parts)
+    in_layer = ".layers." in name and not name.startswith(("model.vision", "model.audio"))
+    return in_layer and value.ndim == 2 and any(part in name for part in parts)
 
 
 def _block(group: int | None) -> dict[str, Any]:
