@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from gemma_mtp_mlx import grid
 from gemma_mtp_mlx.weights import check_values
@@ -163,6 +164,12 @@ def _error(value: mx.array, packed: list[mx.array], params: dict[str, Any]) -> E
     return Error(
         count=differences.size,
         largest=float(max(differences.max(), -differences.min())),
-        squares=float(np.dot(differences, differences)),
-        norm=float(np.dot(weights, weights)),
+        squares=_squares(differences),
+        norm=_squares(weights),
     )
+
+
+def _squares(values: npt.NDArray[np.float32]) -> float:
+    """Sum squares in float64: what is recorded must not tell strips or machines apart."""
+    wide = values.astype(np.float64)
+    return float(np.dot(wide, wide))

@@ -63,7 +63,16 @@ def record(
         "not_packed": list(plan.kept),
         "files": dict(sorted(files.items())),
         "errors": {
-            path: {"max": error.largest, "rms": error.rms, "relative_rms": error.relative}
+            path: {
+                "max": error.largest,
+                "rms": _rounded(error.rms),
+                "relative_rms": _rounded(error.relative),
+            }
             for path, error in written.errors.items()
         },
     }
+
+
+def _rounded(value: float) -> float:
+    """Leave out the digits that hang on the order of a sum."""
+    return float(f"{value:.6g}")
