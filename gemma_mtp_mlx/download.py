@@ -10,6 +10,7 @@ of the cache is in its guide "Understand caching".
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from gemma_mtp_mlx.hub_errors import NO_ROOM, explained, no_room, refused
 Choose = Callable[[Sequence[str]], list[str]]
 T = TypeVar("T")
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PAUSES = (1.0, 2.0, 4.0)  # seconds before another attempt, if the hub fails
 
 
@@ -46,21 +48,20 @@ def download(repository: str, revision: str, choose: Choose) -> Path:
     the hub cannot be reached, a snapshot in the cache will do, unless it is incomplete.
     Raises: ValueError saying what was looked for, why it is not there and what to do.
     """
-    with explained(repository, revision):
+    there = snapshot_folder(repository, revision)
+    cached = there is not None and not missing_files(there)
+    with explained(repository, revision, cached=cached):
         try:
             commit, files = _listing(repository, revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
-            if refused(error):
+            if there is None or not cached or refused(error):
                 raise
-            folder = snapshot_folder(repository, revision)
-            if folder is None or missing_files(folder):
-                raise
-            return folder
+            return there
         wanted = set(choose([file.path for file in files]))
         home = repository_folder(repository)
         folder = home / "snapshots" / commit
         files = [file for file in files if file.path in wanted]
-        lacking = [file for file in files if not (folder / file.path).exists()]
+        lacking = [file for file in files if not _has(folder / file.path, file.size)]
         _fetch(repository, commit, lacking)
         for file in sorted(lacking, key=lambda file: file.path == "config.json"):
             _link(home / "blobs" / file.digest, folder / file.path)
@@ -82,6 +83,22 @@ def snapshot_folder(repository: str, revision: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def remove_damaged(folder: Path, before: float) -> list[str]:
+    """Remove a snapshot's files that do not have their hash any more, and return which.
+
+    before: a time; files that arrived later were compared then.
+    """
+    removed = []
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if not _HASH.fullmatch(blob.name) or not blob.is_file() or blob.stat().st_mtime >= before:
+            continue
+        if _digest(blob, blob.name) != blob.name:
+            _discard(path)
+            removed.append(path.name)
+    return removed
+
+
 def missing_files(folder: Path) -> list[str]:
     """Return what a model's folder lacks to be loaded, as far as the folder itself tells."""
     missing = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.exists()}
@@ -90,7 +107,10 @@ def missing_files(folder: Path) -> list[str]:
     if not (folder / "config.json").exists():
         missing.add("config.json")
     if (folder / INDEX).exists():
-        shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        try:
+            shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        except ValueError:
+            return sorted({*missing, INDEX})
         missing |= {name for name in shards if not (folder / name).exists()}
     elif not any(folder.glob("model*.safetensors")):
         missing.add("model.safetensors")
@@ -100,6 +120,20 @@ def missing_files(folder: Path) -> list[str]:
 def readable(size: int) -> str:
     """Return a size in bytes as text."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _has(path: Path, size: int) -> bool:
+    """Return whether a file is there; one of another size is removed."""
+    if path.exists() and path.stat().st_size != size:
+        _discard(path)
+    return path.exists()
+
+
+def _discard(link: Path) -> None:
+    """Remove a file of a snapshot, and the blob that it is."""
+    blob = link.resolve()
+    link.unlink()
+    blob.unlink(missing_ok=True)
 
 
 def _listing(repository: str, revision: str) -> tuple[str, list[File]]:

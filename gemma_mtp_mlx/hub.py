@@ -1,13 +1,14 @@
 """Find a model: a folder on disk, a repository on the Hugging Face hub, or the built-in pair."""
 
 import re
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from gemma_mtp_mlx import catalogue
 from gemma_mtp_mlx.checkpoint import read_json
-from gemma_mtp_mlx.download import download
+from gemma_mtp_mlx.download import download, remove_damaged
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:/([\w.-]+\.gguf))?(?:@([\w][\w./-]*))?")
@@ -77,13 +78,25 @@ def resolve_source(name: str) -> Path:
 
 
 def pull(name: str, *, drafter: bool = True) -> list[Path]:
-    """Download a model and, if it has one, its drafter; return their folders.
+    """Download a model and, if it has one, its drafter; return their folders, or a GGUF file.
 
-    Every file that arrives is compared with the hash the hub announces.
+    What was there before is compared with its hashes too, and fetched again if it is damaged.
     """
+    began = time.time()
     target = resolve_source(name)
     found = drafter_for(target) if drafter else None
-    return [target] if found is None else [target, found]
+    return [_sound(path, began) for path in (target, found) if path is not None]
+
+
+def _sound(path: Path, began: float) -> Path:
+    """Return a model after fetching again what of it was damaged before the time given."""
+    folder = path if path.is_dir() else path.parent
+    origin = repository_of(folder)
+    if origin is None or not remove_damaged(folder, began):
+        return path
+    repository, commit = origin
+    file = "" if path == folder else f"/{path.name}"
+    return resolve_source(f"{repository}{file}@{commit}")
 
 
 def drafter_for(target: Path) -> Path | None:

@@ -33,27 +33,16 @@ def no_room(repository: str, what: str) -> ValueError:
 
 
 @contextmanager
-def explained(repository: str, revision: str) -> Iterator[None]:
-    """Turn what can go wrong with the hub into a ValueError of one line with a remedy."""
-    page = f"{constants.ENDPOINT}/{repository}"
+def explained(repository: str, revision: str, *, cached: bool) -> Iterator[None]:
+    """Turn what can go wrong with the hub into a ValueError of one line with a remedy.
+
+    cached: whether what is looked for is in the cache, where it is found without the hub.
+    """
     try:
         yield
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{repository} asks you to accept its licence: do so at {page}, then run: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise _not_found(repository) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(
-            f"{repository} has no revision {revision}; give a branch, tag or commit that "
-            f"{page}/commits lists"
-        ) from error
     except HfHubHTTPError as error:
-        status, said = error.response.status_code, error.response.headers.get("X-Error-Message")
-        if status == 401 and said != _BAD_TOKEN:  # the same to whom may not know of it
-            raise _not_found(repository) from error
-        raise ValueError(f"{repository}: {_answer(status)}") from error
+        there = "; HF_HUB_OFFLINE=1 loads the copy in the cache" if cached else ""
+        raise ValueError(_refusal(error, repository, revision) + there) from error
     except OfflineModeIsEnabled as error:
         raise ValueError(
             f"{repository} is not in {constants.HF_HUB_CACHE}, or not all of it, and "
@@ -67,8 +56,8 @@ def explained(repository: str, revision: str) -> Iterator[None]:
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"what answers at {page} is not the hub; check the network (is there a login page?) "
-            "and HF_ENDPOINT, then try again"
+            f"what answers at {constants.ENDPOINT} for {repository} is not the hub; check the "
+            "network (is there a login page?) and HF_ENDPOINT, then try again"
         ) from error
     except OSError as error:
         raise ValueError(
@@ -76,22 +65,35 @@ def explained(repository: str, revision: str) -> Iterator[None]:
         ) from error
 
 
-def _not_found(repository: str) -> ValueError:
-    return ValueError(
-        f"there is no folder {repository} and no such repository on the hub; check the spelling, "
-        "or run: hf auth login (if it is private)"
-    )
-
-
-def _answer(status: int) -> str:
+def _refusal(error: HfHubHTTPError, repository: str, revision: str) -> str:
     """Return what an answer of the hub means, and the remedy."""
-    if status == 401:
-        return "the hub does not know your token; run: hf auth login, or unset HF_TOKEN"
+    status, said = error.response.status_code, error.response.headers.get("X-Error-Message")
+    page = f"{constants.ENDPOINT}/{repository}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repository} asks you to accept its licence: do so at {page}, then run: hf auth login"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{repository} has no revision {revision}; give a branch, tag or commit that "
+            f"{page}/commits lists"
+        )
+    if status == 401 and said == _BAD_TOKEN:
+        return (
+            f"{repository}: the hub does not know your token; run: hf auth login, or unset HF_TOKEN"
+        )
+    if status == 401 or isinstance(error, RepositoryNotFoundError):
+        return (
+            f"there is no folder {repository} and no such repository on the hub; check the "
+            "spelling, or run: hf auth login (if it is private)"
+        )
     if status == 403:
-        return "your token may not read it; make one that may, and run: hf auth login"
+        return (
+            f"{repository}: your token may not read it; make one that may, and run: hf auth login"
+        )
     if status == 429:
-        return "the hub asks for fewer requests; wait some minutes, or run: hf auth login"
-    return f"the hub fails (status {status}); try again later"
+        return f"{repository}: the hub asks for fewer requests; wait some minutes, then try again"
+    return f"{repository}: the hub fails (status {status}); try again later"
 
 
 def _first_line(error: Exception) -> str:

@@ -265,6 +265,8 @@ def test_a_refusal_is_explained(
 ) -> None:
     hub.faults[path] = fault
     refused(run("pull", TARGET), TARGET, *words)
+    attempts = 4 if fault.status >= 500 else 1
+    assert len(hub.seen) == attempts + (path != "/api/")
     not_there(env, TARGET)
 
 
@@ -303,6 +305,52 @@ def test_without_a_network_the_cache_serves(hub: HubServer, run: Run, env: dict[
         not_there(env, TARGET)
     finally:
         hub.start()
+
+
+def test_a_refusal_is_not_hidden_by_the_cache(hub: HubServer, run: Run) -> None:
+    folders = run("pull", TARGET).stdout
+    hub.faults["/api/"] = Fault(401, message=TOKEN)
+    refused(run("pull", TARGET), "does not know your token", "HF_HUB_OFFLINE=1 loads the copy")
+    assert run("pull", TARGET, HF_HUB_OFFLINE="1").stdout == folders
+
+
+def test_a_disk_without_links_has_the_files_themselves(
+    hub: HubServer, env: dict[str, str], run: Run
+) -> None:
+    unlinked = """\
+import pathlib
+def symlink_to(self, target):
+    raise PermissionError("no links here")
+pathlib.Path.symlink_to = symlink_to
+"""
+    command = [sys.executable, "-c", unlinked + START, "pull", TARGET]
+    for times in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        for folder in map(Path, done.stdout.splitlines()):
+            assert not any(path.is_symlink() for path in folder.iterdir())
+        assert bool(hub.downloads()) == (times == 0)
+        hub.seen.clear()
+    assert listed(run) == {TARGET: "complete", DRAFTER: "complete"}
+
+
+def test_damage_on_the_disk_is_repaired(hub: HubServer, run: Run, env: dict[str, str]) -> None:
+    folders = run("pull", TARGET).stdout
+    for repository in (TARGET, DRAFTER):
+        file = next(cache(env, repository).glob("snapshots/*/model.safetensors"))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        old = time.time() - 60
+        os.utime(file, (old, old))
+        hub.seen.clear()
+        assert run("pull", TARGET).stdout == folders
+        assert {seen.path.rpartition("/")[2] for seen in hub.downloads()} == {"model.safetensors"}
+        assert file.read_bytes() == whole
+    file.write_bytes(whole[:-1])  # the wrong size is noticed when the model is loaded, too
+    assert run(*GENERATE, TARGET).returncode == 0
+    assert file.read_bytes() == whole
+    index = file.with_name("model.safetensors.index.json")
+    index.write_text("{")
+    assert listed(run)[DRAFTER] == "incomplete"
 
 
 def test_a_drafter_that_cannot_be_had_is_not_silent(hub: HubServer, run: Run) -> None:
