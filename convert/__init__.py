@@ -11,7 +11,26 @@ record.py      conversion.json; card.py: the model card
 conversion.py  a source in, a finished folder out, or nothing at all
 """
 
-from gemma_mtp_mlx.convert.conversion import Report, convert
+from gemma_mtp_mlx.convert.conversion import (
+    Report,
+    check_out,
+    convert,
+    doubts_of,
+    partial_folder,
+    prepare,
+    write,
+)
 from gemma_mtp_mlx.convert.recipe import Quantization, Rule, read_rules
 
-__all__ = ["Quantization", "Report", "Rule", "convert", "read_rules"]
+__all__ = [
+    "Quantization",
+    "Report",
+    "Rule",
+    "check_out",
+    "convert",
+    "doubts_of",
+    "partial_folder",
+    "prepare",
+    "read_rules",
+    "write",
+]

@@ -35,14 +35,10 @@ OnBytes = Callable[[int, int], None]  # bytes of the source converted, and in al
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion wrote. drafter: None if there was none to convert.
-
-    doubts: what speaks against this pair, or against how it was packed, a line each.
-    """
+    """What a conversion wrote. drafter: None if there was none to convert."""
 
     target: Written
     drafter: Written | None
-    doubts: tuple[str, ...]
 
 
 def convert(
@@ -56,34 +52,97 @@ def convert(
     repository: str | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Report:
-    """Write the target, and the drafter if one is named, as MLX folders OUT and OUT/drafter.
+    """Plan a conversion and write it; arguments and errors are those of `prepare` and `write`."""
+    check_out(out)
+    plans = prepare(
+        source, draft_source=draft_source, quantization=quantization, rules=rules, dtype=dtype
+    )
+    return write(plans, out, repository=repository, on_bytes=on_bytes)
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError if OUT holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+
+
+def prepare(
+    source: str,
+    *,
+    draft_source: str | None = None,
+    quantization: Quantization | None = None,
+    rules: Sequence[Rule] = (),
+    dtype: str | None = None,
+) -> list[ModelPlan]:
+    """Return what becomes of a target and, if one is named, of its drafter.
 
     source, draft_source: a folder, a GGUF file or a hub repository. quantization: for the default
     recipe, None to pack nothing; rules: decide before it. dtype: of everything that is not packed;
-    None keeps the source's. repository: what the model card calls the folder. OUT appears when it
-    is complete. Ended by an interrupt, a kill or a full disk, the same call goes on from the last
-    file that was finished.
-    Raises: ValueError for a source that cannot be read, a drafter of another target, too little
-    disk, or an OUT that holds something; OSError.
+    None keeps the source's.
+    Raises: ValueError for a source that cannot be read, a drafter of another target, or a rule that
+    fits nothing.
     """
     if dtype is not None and dtype not in WRITTEN:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(WRITTEN)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
-    plans = _plan(source, draft_source, quantization, rules, dtype)
-    work = [(plan, shards(plan.folder, plan.parts, SHARD_BYTES)) for plan in plans]
+    target = plan_target(source, dtype)
+    plans = [target]
+    if draft_source is not None:
+        plans.append(plan_drafter(draft_source, target, dtype))
+    if quantization is not None or rules:
+        ordered = any(model.centroid_head for model in plans)
+        defaults = default_recipe(quantization, centroid_head=ordered) if quantization else ()
+        check_used(rules, [path for model in plans for path in model.paths])
+        plans = [model.with_rules((*rules, *defaults)) for model in plans]
+    return plans
+
+
+def doubts_of(plans: Sequence[ModelPlan]) -> list[str]:
+    """Return what speaks against a pair, or against how it will be packed, a line each."""
+    kinds = [_kind(model) for model in plans]
+    return doubts(kinds[0], kinds[1] if len(kinds) > 1 else None)
+
+
+def _kind(model: ModelPlan) -> Kind:
+    """What a source was trained for, packed as it will be written."""
+    found = kind_of(model.plan, model.origin[0])
+    params = model.params.get(LOOKED_AT)
+    if params is None or LOOKED_AT in (*model.on_grid, *model.taken):
+        return found
+    return replace(found, packed=(params["mode"], params["bits"], params["group_size"]))
+
+
+def partial_folder(out: Path) -> Path:
+    """Return where OUT is until it is complete."""
+    return out.parent / f".{out.name}.partial"
+
+
+def write(
+    plans: Sequence[ModelPlan],
+    out: Path,
+    *,
+    repository: str | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Report:
+    """Write the target and its drafter as MLX folders OUT and OUT/drafter.
+
+    repository: what the model card calls the folder. OUT appears when it is complete. Ended by an
+    interrupt, a kill or a full disk, the same plan goes on from the last file that was finished.
+    Raises: ValueError for too little disk, an OUT that holds something, values that cannot be
+    meant; OSError.
+    """
+    check_out(out)
+    work = [(model, shards(model.folder, model.parts, SHARD_BYTES)) for model in plans]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    journal = Journal(partial, _key(plans))
+    journal = Journal(partial_folder(out), _key(plans))
     try:
-        _check_disk(partial, work, journal)
-        files = tuple(file for plan in plans for file in plan.checkpoint.files)
+        _check_disk(journal, work)
+        files = tuple(file for model in plans for file in model.checkpoint.files)
         with closing(Digests(files)) as digests:
             _write_shards(work, journal, on_bytes or _silent)
-            card = model_card(plans, repository)
+            cards = [model_card(plans, repository), None]
             written = [
-                _finish(plan, those, journal, digests, None if plan.folder else card)
-                for plan, those in work
+                _finish(model, those, journal, digests, card)
+                for (model, those), card in zip(work, cards, strict=False)
             ]
         journal.finish(out)
     except (KeyboardInterrupt, OSError):
@@ -92,45 +151,11 @@ def convert(
     except BaseException:
         journal.close(keep=False)
         raise
-    kinds = [_kind(plan) for plan in plans]
-    return Report(
-        target=written[0],
-        drafter=written[1] if len(written) > 1 else None,
-        doubts=tuple(doubts(kinds[0], kinds[1] if len(kinds) > 1 else None)),
-    )
-
-
-def _kind(plan: ModelPlan) -> Kind:
-    """What a source was trained for, packed as it is written."""
-    found = kind_of(plan.plan, plan.origin[0])
-    params = plan.params.get(LOOKED_AT)
-    if params is None or LOOKED_AT in (*plan.on_grid, *plan.taken):
-        return found
-    return replace(found, packed=(params["mode"], params["bits"], params["group_size"]))
+    return Report(written[0], written[1] if len(written) > 1 else None)
 
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-def _plan(
-    source: str,
-    draft_source: str | None,
-    quantization: Quantization | None,
-    rules: Sequence[Rule],
-    dtype: str | None,
-) -> list[ModelPlan]:
-    """Check both sources against each other and plan what becomes of them."""
-    target = plan_target(source, dtype)
-    plans = [target]
-    if draft_source is not None:
-        plans.append(plan_drafter(draft_source, target, dtype))
-    if quantization is not None or rules:
-        ordered = any(plan.centroid_head for plan in plans)
-        defaults = default_recipe(quantization, centroid_head=ordered) if quantization else ()
-        check_used(rules, [path for plan in plans for path in plan.paths])
-        plans = [plan.with_rules((*rules, *defaults)) for plan in plans]
-    return plans
 
 
 def _key(plans: Sequence[ModelPlan]) -> str:
@@ -144,14 +169,14 @@ def _key(plans: Sequence[ModelPlan]) -> str:
     return digest.hexdigest()
 
 
-def _check_disk(folder: Path, work: Work, journal: Journal) -> None:
+def _check_disk(journal: Journal, work: Work) -> None:
     left = [shard for _, those in work for shard in those if shard.name not in journal.done]
     needed = sum(shard.nbytes for shard in left) + _MARGIN
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(journal.folder).free
     if needed > free:
         raise ValueError(
-            f"{needed / 1e9:.1f} GB are needed for {folder.parent} and {free / 1e9:.1f} GB are "
-            "free there; free some, or choose a folder on another disk"
+            f"{needed / 1e9:.1f} GB are needed for {journal.folder.parent} and {free / 1e9:.1f} "
+            "GB are free there; free some, or choose a folder on another disk"
         )
 
 

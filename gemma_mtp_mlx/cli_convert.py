@@ -57,35 +57,43 @@ def convert(
         mode = "affine" if q_mode is None else q_mode.value
         quantization = converter.Quantization(mode, q_bits, q_group_size)
     rules = [] if q_recipe is None else converter.read_rules(q_recipe)
+    converter.check_out(mlx_path)
     if upload_repo is not None:
         check_upload(upload_repo)
     drafter = None if draft_hf_path == "none" else draft_hf_path
     if drafter == "auto":
         found = hub.drafter_for(hub.resolve_source(hf_path))
         drafter = None if found is None else str(found)
+    plans = converter.prepare(
+        hf_path,
+        draft_source=drafter,
+        quantization=quantization,
+        rules=rules,
+        dtype=None if dtype is None else dtype.value,
+    )
+    say(*converter.doubts_of(plans))
+    if drafter is None and draft_hf_path != "none":
+        say("No drafter is known for this target, none is converted; --draft-hf-path names one")
     progress = Progress(sys.stderr)
     try:
-        report = converter.convert(
-            hf_path,
-            mlx_path,
-            draft_source=drafter,
-            quantization=quantization,
-            rules=rules,
-            dtype=None if dtype is None else dtype.value,
-            repository=upload_repo,
-            on_bytes=progress.show,
-        )
+        report = converter.write(plans, mlx_path, repository=upload_repo, on_bytes=progress.show)
     except (KeyboardInterrupt, OSError):
         progress.close()
-        kept = "finished files are kept beside it"
-        print(f"{mlx_path} is not complete; {kept}, the same command goes on", file=sys.stderr)
+        partial = converter.partial_folder(mlx_path)
+        if partial.exists():
+            say(f"Finished files are kept in {partial}; the same command goes on from there")
         raise
     finally:
         progress.close()
-    for line in lines(report, mlx_path):
-        print(line, file=sys.stderr)
+    say(*lines(report, mlx_path))
     if upload_repo is not None:
         print(upload(mlx_path, upload_repo))
+
+
+def say(*lines: str) -> None:
+    """Print to stderr."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -119,11 +127,9 @@ def lines(report: "Report", folder: Path) -> Iterator[str]:
     yield from _written(report.target, folder)
     model = shlex.quote(str(folder))
     if report.drafter is None:
-        yield "No drafter was converted; name one with --draft-hf-path to draft with it"
         model += " --draft-model none"
     else:
         yield from _written(report.drafter, folder / "drafter")
-    yield from report.doubts
     yield f"Try: mlx-gemma-mtp generate --model {model} --prompt Hello"
 
 

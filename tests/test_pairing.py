@@ -13,7 +13,7 @@ import pytest
 from gemma_mtp_mlx import load
 from gemma_mtp_mlx.checkpoint import Folder, read_config
 from gemma_mtp_mlx.config import DrafterConfig, LayerConfig, ModelConfig
-from gemma_mtp_mlx.convert import Quantization, convert
+from gemma_mtp_mlx.convert import Quantization, convert, doubts_of, prepare, write
 from gemma_mtp_mlx.drafter import Drafter
 from gemma_mtp_mlx.pairing import Kind, check_pair, doubts, kind_of
 from gemma_mtp_mlx.target import Target
@@ -134,9 +134,13 @@ def test_qat_is_seen_in_the_weights(tmp_path: Path, dtype: str) -> None:
     assert drafter_kind(drafter) == Kind(qat=True)
     convert(str(target), tmp_path / "kept", quantization=Quantization("qat"))
     assert target_kind(tmp_path / "kept") == Kind(qat=True)
-    report = convert(str(target), tmp_path / "lost", quantization=Quantization(group_size=32))
+    plans = prepare(str(target), quantization=Quantization(group_size=32))
+    [line] = doubts_of(plans)
+    assert "6.2% (rms)" in line and "--q-mode qat" in line
+    write(plans, tmp_path / "lost")
     assert target_kind(tmp_path / "lost") == Kind(qat=False, packed=("affine", 4, 32))
-    assert any("6.2% (rms)" in line and "--q-mode qat" in line for line in report.doubts)
+    assert doubts_of(prepare(str(target), quantization=Quantization("qat"))) == []
+    assert doubts_of(prepare(str(target))) == doubts_of(prepare(str(tmp_path / "kept"))) == []
 
 
 @pytest.mark.parametrize(
