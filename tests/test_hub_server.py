@@ -1,116 +1,30 @@
-"""Downloads from a hub with faults: what arrives is whole and right, what does not is explained.
+"""Downloads from a hub with faults: what arrives is whole and right, what does not is explained."""
 
-Each command is a process of its own, as huggingface_hub reads its settings when it is imported. Its
-waits between attempts are skipped.
-"""
-
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.hub_server import Fault, HubServer, Repository
-from tests.text_model import write_text_model
-
-TARGET, DRAFTER = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
-SOURCE = "someone/gemma-4-E2B-it-tuned-GGUF"  # a fine-tune, which has no drafter
-CHUNK = 10 * 1024 * 1024  # what huggingface_hub writes at a time
-GENERATE = ["generate", "--prompt", "x", "--max-tokens", "2", "--model"]
-START = """\
-import sys, time
-time.sleep = lambda seconds: None
-from gemma_mtp_mlx.cli import main
-sys.exit(main())
-"""
-
-Done = subprocess.CompletedProcess[str]
-Run = Callable[..., Done]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with target, drafter and a repository with a GGUF file."""
-    folder = tmp_path_factory.mktemp("published")
-    target = write_text_model(folder)
-    (target / "drafter").rename(folder / "drafter")
-    (folder / "gguf").mkdir()
-    data = np.random.default_rng(1).bytes(2 * CHUNK + 4 * 1024 * 1024)
-    (folder / "gguf" / "model.gguf").write_bytes(data)
-    return folder
-
-
-@pytest.fixture
-def hub(published: Path) -> Iterator[HubServer]:
-    server = HubServer()
-    server.add(TARGET, published / "target", "v1")
-    server.add(DRAFTER, published / "drafter")
-    server.add(SOURCE, published / "gguf")
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
-    mine = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
-    return mine | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
-@pytest.fixture
-def run(env: dict[str, str]) -> Run:
-    """Return a function that runs a command, with more of the environment."""
-
-    def start(*argv: str, **more: str) -> Done:
-        command = [sys.executable, "-c", START, *argv]
-        return subprocess.run(
-            command, env=env | more, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    return start
-
-
-def cache(env: dict[str, str], repository: str) -> Path:
-    return Path(env["HF_HOME"]) / "hub" / f"models--{repository.replace('/', '--')}"
-
-
-def states(lines: list[str]) -> dict[str, str]:
-    """Return the state of each repository that was listed."""
-    found: dict[str, set[str]] = {}
-    for line in map(json.loads, lines):
-        found.setdefault(line["repository"], set()).add(line["state"])
-    return {repository: " and ".join(sorted(states)) for repository, states in found.items()}
-
-
-def listed(run: Run) -> dict[str, str]:
-    """Return the state of each repository that is listed."""
-    done = run("list", "--json")
-    assert done.returncode == 0
-    return states(done.stdout.splitlines())
-
-
-def refused(done: Done, *words: str) -> None:
-    """Check that a command ended in one line that holds all the words."""
-    assert done.returncode == 2
-    assert done.stdout == ""
-    *_, line = done.stderr.splitlines()
-    assert "Traceback" not in done.stderr
-    assert line.startswith("mlx-gemma-mtp: error: ")
-    for word in words:
-        assert word in line
+from tests.hub_commands import (
+    CHUNK,
+    DRAFTER,
+    GENERATE,
+    SOURCE,
+    START,
+    TARGET,
+    TOKEN,
+    Run,
+    cache,
+    listed,
+    not_there,
+    refused,
+)
+from tests.hub_server import Fault, HubServer
 
 
 def test_a_model_and_its_drafter_are_downloaded_once(
@@ -157,27 +71,6 @@ def test_a_cut_download_goes_on_where_it_was(hub: HubServer, run: Run, fault: Fa
 def test_a_stalled_download_goes_on(hub: HubServer, run: Run) -> None:
     hub.faults["/storage/"] = Fault(delay_s=3, times=1)
     assert run("pull", SOURCE, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
-
-
-# What `list` prints, and what `generate` begins with: in one process, which does not import mlx.
-LOOK = """\
-import sys
-from gemma_mtp_mlx import hub
-from gemma_mtp_mlx.cli import main
-main(["list", "--json"])
-print(hub.resolve(sys.argv[1]), file=sys.stderr)
-"""
-
-
-def not_there(env: dict[str, str], repository: str) -> None:
-    """Check that a model is neither listed as complete nor loaded."""
-    command = [sys.executable, "-c", LOOK, repository]
-    offline = env | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert states(done.stdout.splitlines()).get(repository) in (None, "incomplete")
-    *_, line = done.stderr.splitlines()
-    assert line.startswith(f"ValueError: {repository} is not in ") and "or not all of it" in line
 
 
 def test_a_lost_network_leaves_what_arrived_for_the_next_run(
@@ -242,7 +135,6 @@ def test_a_file_with_another_hash_is_not_kept(
 
 
 GATED = ("GatedRepo", "Access to this is restricted")
-TOKEN = "Invalid credentials in Authorization header"
 
 
 @pytest.mark.parametrize(
@@ -268,89 +160,6 @@ def test_a_refusal_is_explained(
     attempts = 4 if fault.status >= 500 else 1
     assert len(hub.seen) == attempts + (path != "/api/")
     not_there(env, TARGET)
-
-
-def test_a_revision_is_pinned(hub: HubServer, run: Run) -> None:
-    refused(run("pull", f"{TARGET}@v2"), TARGET, "no revision v2", "/commits")
-    first = hub.repositories[TARGET][0]
-    second = Repository({**first.files, "extra.json": b"{}"}, ("main",))
-    first.names = ("v1",)
-    hub.repositories[TARGET].insert(0, second)
-    pinned = run("pull", f"{TARGET}@v1", "--no-drafter").stdout.strip()
-    assert pinned.endswith(f"/snapshots/{first.commit}")
-    hub.seen.clear()
-    assert run("pull", TARGET, "--no-drafter").stdout.strip().endswith(second.commit)
-    assert [seen.path.rpartition("/")[2] for seen in hub.downloads()] == ["extra.json"]
-    for revision in ("v1", first.commit):
-        done = run("pull", f"{TARGET}@{revision}", "--no-drafter", HF_HUB_OFFLINE="1")
-        assert done.stdout.strip() == pinned
-    done = run("list")
-    assert first.commit[:8] in done.stdout and second.commit[:8] in done.stdout
-
-
-def test_without_a_network_the_cache_serves(hub: HubServer, run: Run, env: dict[str, str]) -> None:
-    folders = run("pull", TARGET).stdout
-    assert folders
-    hub.seen.clear()
-    assert run("pull", TARGET, HF_HUB_OFFLINE="1").stdout == folders
-    assert hub.seen == []
-    hub.faults["/api/"] = Fault(503)
-    assert run("pull", TARGET).stdout == folders
-    hub.stop()
-    try:
-        assert run("pull", TARGET).stdout == folders
-        refused(run("pull", SOURCE), SOURCE, "cannot be reached", "connect")
-        next(cache(env, TARGET).glob("snapshots/*/model.safetensors")).unlink()
-        refused(run(*GENERATE, TARGET), TARGET, "cannot be reached")
-        not_there(env, TARGET)
-    finally:
-        hub.start()
-
-
-def test_a_refusal_is_not_hidden_by_the_cache(hub: HubServer, run: Run) -> None:
-    folders = run("pull", TARGET).stdout
-    hub.faults["/api/"] = Fault(401, message=TOKEN)
-    refused(run("pull", TARGET), "does not know your token", "HF_HUB_OFFLINE=1 loads the copy")
-    assert run("pull", TARGET, HF_HUB_OFFLINE="1").stdout == folders
-
-
-def test_a_disk_without_links_has_the_files_themselves(
-    hub: HubServer, env: dict[str, str], run: Run
-) -> None:
-    unlinked = """\
-import pathlib
-def symlink_to(self, target):
-    raise PermissionError("no links here")
-pathlib.Path.symlink_to = symlink_to
-"""
-    command = [sys.executable, "-c", unlinked + START, "pull", TARGET]
-    for times in range(2):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        for folder in map(Path, done.stdout.splitlines()):
-            assert not any(path.is_symlink() for path in folder.iterdir())
-        assert bool(hub.downloads()) == (times == 0)
-        hub.seen.clear()
-    assert listed(run) == {TARGET: "complete", DRAFTER: "complete"}
-
-
-def test_damage_on_the_disk_is_repaired(hub: HubServer, run: Run, env: dict[str, str]) -> None:
-    folders = run("pull", TARGET).stdout
-    for repository in (TARGET, DRAFTER):
-        file = next(cache(env, repository).glob("snapshots/*/model.safetensors"))
-        whole = file.read_bytes()
-        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        old = time.time() - 60
-        os.utime(file, (old, old))
-        hub.seen.clear()
-        assert run("pull", TARGET).stdout == folders
-        assert {seen.path.rpartition("/")[2] for seen in hub.downloads()} == {"model.safetensors"}
-        assert file.read_bytes() == whole
-    file.write_bytes(whole[:-1])  # the wrong size is noticed when the model is loaded, too
-    assert run(*GENERATE, TARGET).returncode == 0
-    assert file.read_bytes() == whole
-    index = file.with_name("model.safetensors.index.json")
-    index.write_text("{")
-    assert listed(run)[DRAFTER] == "incomplete"
 
 
 def test_a_drafter_that_cannot_be_had_is_not_silent(hub: HubServer, run: Run) -> None:
@@ -408,53 +217,3 @@ def test_a_token_is_not_told_to_the_storage(hub: HubServer, run: Run) -> None:
     assert run("pull", TARGET, HF_TOKEN="hf_secret").returncode == 0
     told = {(seen.path.split("/")[1], seen.authorization) for seen in hub.seen}
     assert told == {("api", "Bearer hf_secret"), ("google", "Bearer hf_secret"), ("storage", None)}
-
-
-OTHER_TOOL = """\
-import sys
-from huggingface_hub import scan_cache_dir, snapshot_download
-patterns = ["*.json", "*.safetensors"]
-print(snapshot_download(sys.argv[1], allow_patterns=patterns))
-print(snapshot_download(sys.argv[1], allow_patterns=patterns, local_files_only=True))
-assert not scan_cache_dir().warnings
-"""
-
-
-@pytest.mark.parametrize("first", ["we", "others"])
-def test_the_cache_is_shared_with_other_tools(
-    hub: HubServer, run: Run, env: dict[str, str], first: str
-) -> None:
-    def others() -> str:
-        command = [sys.executable, "-c", OTHER_TOOL, TARGET]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()[1]
-
-    def we() -> str:
-        return run("pull", TARGET, "--no-drafter").stdout.strip()
-
-    order = [we, others] if first == "we" else [others, we]
-    folder = order[0]()
-    hub.seen.clear()
-    assert order[1]() == folder
-    assert hub.downloads() == []
-    assert listed(run) == {TARGET: "complete"}
-
-
-def test_a_model_is_removed(hub: HubServer, run: Run, env: dict[str, str]) -> None:
-    refused(run("rm", TARGET), TARGET, "not in", "holds no Gemma 4 model")
-    assert "no Gemma 4 model" in run("list").stderr
-    run("pull", TARGET)
-    refused(run("rm", TARGET), "needs a yes", "--yes")
-    refused(run("rm", "gemma4:e2b-qat", "--yes"), "gemma-4-E2B-it-qat-4bit is not in", TARGET)
-    done = run("rm", "gemma4:e2b-bf16", "--yes")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert f"Removed {TARGET}: " in done.stderr and "MB freed" in done.stderr
-    assert f"drafter is still there: {DRAFTER}" in done.stderr
-    assert not cache(env, TARGET).exists()
-    assert listed(run) == {DRAFTER: "complete"}
-    hub.faults["model.gguf"] = Fault(cut=CHUNK + 5_000_000, abrupt=True, times=1)
-    hub.faults["/storage/"] = Fault(500)
-    hub.faults["/resolve/"] = Fault()
-    run("pull", SOURCE)
-    assert run("rm", SOURCE, "--yes").returncode == 0
-    assert listed(run) == {DRAFTER: "complete"}
