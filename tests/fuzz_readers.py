@@ -218,7 +218,10 @@ class Fuzzer:
     def _mutated(self, content: dict[str, Any]) -> dict[str, Any]:
         content = copy.deepcopy(content)
         for _ in range(self._random.choice([1, 1, 2, 4])):
-            holder, key = self._random.choice(list(_places(content)))
+            places = list(_places(content))
+            if not places:
+                break
+            holder, key = self._random.choice(places)
             action = self._random.random()
             if action < 0.7 or isinstance(holder, list):
                 holder[key] = copy.deepcopy(self._random.choice(ODD))

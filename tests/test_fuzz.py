@@ -19,7 +19,7 @@ def test_no_damaged_input_does_harm() -> None:
 
 def test_a_check_that_is_missing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_is_index", lambda weight_map: True)
-    with pytest.raises(AssertionError, match=r"input -?\d+: \w+Error|open /"):
+    with pytest.raises(AssertionError, match=r"input -?\d+: |open /"):
         fuzz_readers.run(500, seed=1)
 
 
@@ -28,7 +28,7 @@ def test_numbers_that_are_not_checked_are_found(monkeypatch: pytest.MonkeyPatch)
         return fields.values.get(name, default)
 
     monkeypatch.setattr(Fields, "whole", whole)
-    with pytest.raises(AssertionError, match=r"input -?\d+: \w+Error"):
+    with pytest.raises(AssertionError, match=r"input -?\d+: "):
         fuzz_readers.run(500, seed=1)
 
 
