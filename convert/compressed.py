@@ -107,10 +107,10 @@ class CompressedFolder:
                 f"tensor {path}{_PACKED} has no {error.args[0].rpartition('.')[2]} beside it; "
                 "the checkpoint is incomplete, download it again"
             ) from error
-        words, groups = (max(1, [1, *stored.shape[1:]][-1]) for stored in (packed, scale))
-        bits, group = words * 32 / max(1, width), width / groups
+        words, groups = ((0, *stored.shape[1:])[-1] for stored in (packed, scale))
+        bits, group = words * 32 / max(1, width), width / max(1, groups)
         fitting = next((size for size in _GROUPS if group % size == 0), None)
-        if bits not in _BITS or fitting is None or packed.dtype != "I32":
+        if bits not in _BITS or not groups or fitting is None or packed.dtype != "I32":
             raise ValueError(
                 f"tensor {path}{_PACKED} of {list(packed.shape)} packs rows of {width} weights, "
                 f"scales are {list(scale.shape)}: MLX has integers of 4 or 8 bits in groups of "
