@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,3 +180,12 @@ def part(what: str, **changes: Any) -> Harm:
             del found[name]
 
     return tensors(apply)
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage counts what the parent had as well
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
