@@ -154,6 +154,11 @@ def instead(name: str, make: Callable[[Path], object]) -> Harm:
     return apply
 
 
+def both(first: Harm, second: Harm) -> Harm:
+    """Do one, then the other."""
+    return lambda folder: (first(folder), second(folder))
+
+
 def packed(folder: Path) -> None:
     """Make a compressed-tensors folder of a plain one, its first up_proj packed with 4 bits."""
     found = read_file(folder / WEIGHTS)

@@ -64,22 +64,19 @@ HEADERS: dict[str, Harm] = {
     "inf": harm.spoilt("up_proj.weight", INF),
 }
 
+NAMES: tuple[object, ...] = (
+    *("../../etc/passwd", "../../etc/x.safetensors", "/etc/passwd", "/x.safetensors"),
+    *("a\0.safetensors", "a\nb.safetensors", INDEX, "", "a" * 300 + ".safetensors"),
+    *("a" * 200 + "é" * 40 + ".safetensors", "..\\x.safetensors", 5, None, True, [], {}),
+)
 FILES: dict[str, Harm] = {
-    **{
-        f"index names {name!r:.20}": harm.index({NORM: name})
-        for name in (
-            *("../../etc/passwd", "../../etc/x.safetensors", "/etc/passwd", "/x.safetensors"),
-            *("a\0.safetensors", "a\nb.safetensors", INDEX, "", "a" * 300 + ".safetensors"),
-            *("a" * 200 + "é" * 40 + ".safetensors", "..\\x.safetensors", 5, None, True, [], {}),
-        )
-    },
+    **{f"index names {name!r:.20}": harm.index({NORM: name}) for name in NAMES},
     "index names itself": harm.index({INDEX: INDEX}),
     "index is a list": harm.index(["model.safetensors"]),
     "index is empty": harm.index({}),
     "index has a key twice": harm.file(INDEX, '{"weight_map": {}, "weight_map": {}}'),
-    "index names a directory": lambda folder: (
-        (folder / "d.safetensors").mkdir(),
-        harm.index({NORM: "d.safetensors"})(folder),
+    "index names a directory": harm.both(
+        harm.instead("d.safetensors", Path.mkdir), harm.index({NORM: "d.safetensors"})
     ),
     "weights are a directory": harm.instead(WEIGHTS, Path.mkdir),
     "weights are a FIFO": harm.instead(WEIGHTS, os.mkfifo),
