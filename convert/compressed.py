@@ -6,6 +6,7 @@ of -2^(bits - 1) scales, exactly.
 Source: github.com/vllm-project/compressed-tensors, format "pack-quantized".
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 from gemma_mtp_mlx.checkpoint import Folder, Stored
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+_MOST_AXES = 8
 _BITS, _GROUPS = (4, 8), (128, 64, 32)
 _PACKED, _SCALE, _SHAPE, _ZERO = (
     f".weight_{what}" for what in ("packed", "scale", "shape", "zero_point")
@@ -50,7 +52,9 @@ class CompressedFolder:
                     f"tensor {name}: weights with zero points are not read; use the symmetric "
                     "ones, or convert the unquantised checkpoint"
                 )
-            elif not name.endswith((_SCALE, _SHAPE)):
+            elif name.endswith((_SCALE, _SHAPE)):
+                self._check_partner(name)
+            else:
                 self._present(name, stored, _Place(name))
         self.config = _without_block(self._folder.config)
         self.config["quantization"] = {"group_size": 32, "bits": 4, "mode": "affine"}
@@ -64,23 +68,49 @@ class CompressedFolder:
         return mx.repeat(value, place.repeat, axis=-1) * place.factor if _is_scale(place) else value
 
     def _present(self, name: str, stored: Stored, place: _Place) -> None:
+        if name in self.tensors:
+            raise ValueError(
+                f"tensor {name} is stored twice, packed and plain; download the checkpoint again"
+            )
         self.tensors[name] = stored
         self._places[name] = place
+
+    def _check_partner(self, name: str) -> None:
+        """Raise ValueError for a scale or a shape that nothing is packed with."""
+        packed = name.rpartition(".")[0] + _PACKED
+        if packed not in self._folder.tensors:
+            raise ValueError(
+                f"tensor {name} has no weight_packed beside it; the checkpoint is incomplete, "
+                "download it again"
+            )
+
+    def _width(self, path: str) -> int:
+        """Return how many weights a row has."""
+        name = path + _SHAPE
+        stored = self._folder.tensors[name]
+        axes = math.prod(stored.shape)
+        known = stored.dtype in ("I32", "I64") and bool(stored.shape)
+        if not known or not 1 <= axes <= _MOST_AXES:
+            raise ValueError(
+                f"tensor {name} of type {stored.dtype} and shape {list(stored.shape)} is not the "
+                "shape of a weight; download the checkpoint again"
+            )
+        return int(self._folder.rows(name, 0, axes // stored.shape[-1]).reshape(-1)[-1])
 
     def _present_packed(self, path: str, packed: Stored) -> None:
         """Present codes, and scales and biases for MLX's groups."""
         try:
             scale = self._folder.tensors[path + _SCALE]
-            width = int(self._folder.rows(path + _SHAPE, 0, 1).reshape(-1)[-1])
+            width = self._width(path)
         except KeyError as error:
             raise ValueError(
                 f"tensor {path}{_PACKED} has no {error.args[0].rpartition('.')[2]} beside it; "
                 "the checkpoint is incomplete, download it again"
             ) from error
-        words, groups = (max([1, *stored.shape[1:]]) for stored in (packed, scale))
-        bits, group = words * 32 / max(1, width), width / groups
+        words, groups = ((0, *stored.shape[1:])[-1] for stored in (packed, scale))
+        bits, group = words * 32 / max(1, width), width / max(1, groups)
         fitting = next((size for size in _GROUPS if group % size == 0), None)
-        if bits not in _BITS or fitting is None or packed.dtype != "I32":
+        if bits not in _BITS or not groups or fitting is None or packed.dtype != "I32":
             raise ValueError(
                 f"tensor {path}{_PACKED} of {list(packed.shape)} packs rows of {width} weights, "
                 f"scales are {list(scale.shape)}: MLX has integers of 4 or 8 bits in groups of "
@@ -125,7 +155,7 @@ def _check_block(block: dict[str, Any]) -> None:
 
 def _without_block(config: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _without_block(value) if name == "text_config" else value
+        name: _without_block(value) if name == "text_config" and isinstance(value, dict) else value
         for name, value in config.items()
         if name != "quantization_config"
     }

@@ -24,6 +24,8 @@ class Journal:
 
         Raises: ValueError if another process has it.
         """
+        if folder.is_symlink():
+            raise ValueError(f"{folder} is a link to another folder; remove it")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / _LOCK)
@@ -60,17 +62,20 @@ class Journal:
 
     def _resume(self) -> dict[str, dict[str, Any]]:
         """Return what is noted for the same key and still there as it was written."""
+        journal = self.folder / _FILE
+        if not journal.is_file():
+            return {}
         try:
-            noted = read_json(self.folder / _FILE)
-        except (OSError, ValueError):
+            noted = read_json(journal)
+            if noted["key"] != self._key:
+                return {}
+            return {
+                name: facts
+                for name, facts in noted["shards"].items()
+                if (file := self.folder / name).is_file() and sha256(file) == facts["sha256"]
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        if noted.get("key") != self._key:
-            return {}
-        return {
-            name: facts
-            for name, facts in noted["shards"].items()
-            if (file := self.folder / name).is_file() and sha256(file) == facts["sha256"]
-        }
 
     def _remove_unfinished(self) -> None:
         kept = {self.folder / name for name in (*self.done, _LOCK)}

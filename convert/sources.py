@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gemma_mtp_mlx.checkpoint import Checkpoint, Folder, read_json
+from gemma_mtp_mlx.checkpoint import Checkpoint, Folder, check_companion, read_config
 from gemma_mtp_mlx.convert.compressed import CompressedFolder, is_compressed
 from gemma_mtp_mlx.convert.gguf import GgufFile
 
@@ -25,7 +25,9 @@ def open_source(path: Path) -> Checkpoint:
     """
     if path.suffix == ".gguf":
         return GgufFile(path)
-    if is_compressed(read_json(path / "config.json")):
+    for file in _companions(path):
+        check_companion(file)
+    if is_compressed(read_config(path)):
         return CompressedFolder(path)
     return Folder(path)
 
@@ -34,4 +36,8 @@ def companions(path: Path) -> dict[str, bytes]:
     """Return the files that a model is used with, by their names: tokenizer, chat template, ..."""
     if path.suffix == ".gguf":
         return GgufFile(path).companion_files()
-    return {name: (path / name).read_bytes() for name in _COPIED if (path / name).is_file()}
+    return {file.name: file.read_bytes() for file in _companions(path)}
+
+
+def _companions(path: Path) -> list[Path]:
+    return [path / name for name in _COPIED if (path / name).is_file()]

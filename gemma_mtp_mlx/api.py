@@ -10,12 +10,13 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from gemma_mtp_mlx import hub
 from gemma_mtp_mlx.cache import seat_size
-from gemma_mtp_mlx.checkpoint import read_config, read_json
+from gemma_mtp_mlx.checkpoint import check_companion, read_config, read_json
 from gemma_mtp_mlx.config import DrafterConfig, ModelConfig
 from gemma_mtp_mlx.costs import prior_for
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
 from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.fields import shown
 from gemma_mtp_mlx.kernels.fast import fast as fast_arithmetic
 from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits
 from gemma_mtp_mlx.pairing import check_pair, doubts, kind_of
@@ -29,6 +30,7 @@ from gemma_mtp_mlx.tensor_names import drafter_names, target_names
 from gemma_mtp_mlx.weights import load_weights
 
 MAX_BATCH = 8
+_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
 class Pair:
@@ -214,10 +216,14 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
 def _tokenizer(folder: Path) -> TokenizerWrapper | None:
     if not (folder / "tokenizer.json").is_file():
         return None
+    for file in folder.iterdir():
+        if file.suffix in _TOKENIZER_FILES and file.is_file():
+            check_companion(file)
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, {"trust_remote_code": False})
     except Exception as error:  # whatever a tokenizer's parser raises is about its files
-        raise ValueError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
+        why = " ".join(str(error).split())[:500]
+        raise ValueError(f"{folder}: the tokenizer's files cannot be read: {why}") from error
 
 
 def _eos(folder: Path, config: dict[str, Any]) -> frozenset[int]:
@@ -225,5 +231,12 @@ def _eos(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     generation = folder / "generation_config.json"
     found = read_json(generation).get("eos_token_id") if generation.is_file() else None
     if found is None:
-        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    return frozenset([found] if isinstance(found, int) else found or [])
+        found = config.get("eos_token_id")
+    if found is None:
+        found = config.get("text_config", {}).get("eos_token_id")
+    ids = [found] if isinstance(found, int) else found or []
+    if not isinstance(ids, list) or not all(type(i) is int and abs(i) < 1 << 31 for i in ids):
+        raise ValueError(
+            f"{folder}: eos_token_id is {shown(found)}; it must be a token id or a list"
+        )
+    return frozenset(ids)

@@ -11,10 +11,12 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import mlx.core as mx
 import numpy as np
+
+from gemma_mtp_mlx.fields import shown
 
 INDEX = "model.safetensors.index.json"
 _ITEMS = {
@@ -29,8 +31,12 @@ _ITEMS = {
 _BYTES = {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2}
 _BYTES |= {"U64": 8, "F64": 8} | {name: np.dtype(item).itemsize for name, item in _ITEMS.items()}
 # No Gemma 4 checkpoint comes near these; what does is not one, and could fill the memory.
-_LARGEST_HEADER = 16 << 20
-_LARGEST_JSON = 16 << 20
+_LARGEST_HEADER = 8 << 20
+_LARGEST_JSON = 4 << 20
+_LARGEST_COMPANION = 256 << 20
+_DEEPEST_JSON = 64
+_MOST_TENSORS = 1 << 17
+_MOST_AXES, _LONGEST_AXIS, _LONGEST_NAME = 8, 1 << 31, 1000
 _OTHER_FORMATS = {
     ".gguf": "GGUF files have to be converted first: mlx-gemma-mtp convert --hf-path",
     ".bin": "PyTorch pickle files can run code when they are opened",
@@ -107,9 +113,16 @@ class Folder:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json. Raises ValueError if there is none or it is damaged."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not _is_file(path):
         raise ValueError(f"{folder} has no config.json; give the folder of a model")
     return read_json(path)
+
+
+def check_companion(file: Path) -> None:
+    """Raise ValueError for a file beside the weights, as a tokenizer's, that fills the memory."""
+    size = file.stat().st_size
+    if size > _LARGEST_COMPANION:
+        raise _damaged(file, f"it has {size} bytes, too many for what it should hold")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -123,27 +136,26 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     "remove the file that does not belong there"
                 )
             tensors[name] = stored
+        if len(tensors) > _MOST_TENSORS:
+            raise _damaged(file, f"with it there are {len(tensors)} tensors, no Gemma 4 model")
     return tensors
 
 
 def check_safetensors(file: Path) -> dict[str, Stored]:
     """Return a file's tensors, in the order they lie in it, after comparing its header with it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise ValueError(f"{file} is a Git LFS pointer, not weights; run: git lfs pull")
-        length = int.from_bytes(start, "little")
-        if length > size - 8:
-            raise _damaged(file, f"its header does not fit into its {size} bytes")
-        if length > _LARGEST_HEADER:
-            raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
-        try:
-            header = _parse(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [_entry(name, entry) for name, entry in header.items()]
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(file, f"its header cannot be read ({_short(error)})") from error
+    try:
+        with file.open("rb") as stream:
+            size, start = file.stat().st_size, stream.read(8)
+            length = _header_length(file, size, start)
+            text = stream.read(length)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        header = _parse(text)
+        _check_metadata(header.pop("__metadata__", {}))
+        entries = [_entry(name, entry) for name, entry in header.items()]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, f"its header cannot be read ({_short(error)})") from error
     end = 0
     tensors = {}
     for first, last, name, dtype, shape in sorted(entries):
@@ -158,19 +170,47 @@ def check_safetensors(file: Path) -> dict[str, Stored]:
     return tensors
 
 
+def _header_length(file: Path, size: int, start: bytes) -> int:
+    if start == b"version ":
+        raise ValueError(f"{file} is a Git LFS pointer, not weights; run: git lfs pull")
+    length = int.from_bytes(start, "little")
+    if length > size - 8:
+        raise _damaged(file, f"its header does not fit into its {size} bytes")
+    if length > _LARGEST_HEADER:
+        raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
+    return length
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:  # as MLX writes it
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+
+
 def _entry(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
     """Return where a tensor begins and ends, its name, type and shape. Raises for anything odd."""
-    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, first, last]
-    wrong = any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers)
-    if wrong or dtype not in _BYTES:
-        raise ValueError(f"tensor {name[:80]} of type {str(dtype)[:20]}")
-    return first, last, name, dtype, tuple(shape)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError(f"a tensor is called {shown(name)}")
+    if not _are_whole(shape, _MOST_AXES, _LONGEST_AXIS) or dtype not in _BYTES:
+        raise ValueError(f"tensor {name[:80]} of type {shown(dtype)}, shape {shown(shape)}")
+    if not _are_whole(offsets, 2, 1 << 62) or len(offsets) != 2:
+        raise ValueError(f"tensor {name[:80]} lies at {shown(offsets)}")
+    return *offsets, name, dtype, tuple(shape)
+
+
+def _are_whole(values: Any, most: int, end: int) -> bool:
+    """Whether it is a list of at most so many whole numbers from 0 up to the end."""
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and 0 <= value < end for value in values)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.is_file():
+    listed = _is_file(index)
+    if listed:
         weight_map = read_json(index).get("weight_map")
         names = sorted(set(weight_map.values())) if weight_map and _is_index(weight_map) else []
         if not names:
@@ -179,19 +219,29 @@ def _weight_files(folder: Path) -> list[Path]:
     else:
         files = sorted(folder.glob("model*.safetensors"))
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing, but {INDEX} lists it; download it again")
+        if not _is_file(file):
+            why = f"missing, but {INDEX} lists it" if listed else "not a file"
+            raise ValueError(f"{file} is {why}; download it again")
     if not files:
         raise _no_weights(folder)
     return files
 
 
-def _is_index(weight_map: Any) -> bool:
+def _is_file(path: Path) -> bool:
+    """Whether it is a regular file: what is opened cannot wait for another process to write."""
+    try:
+        return path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise _unreadable(path, error) from error
+
+
+def _is_index(weight_map: Any) -> TypeGuard[dict[str, str]]:
     """Whether it names safetensors files, and none outside of the folder."""
     return isinstance(weight_map, dict) and all(
         isinstance(name, str)
         and name.endswith(".safetensors")
-        and "\0" not in name
+        and name.isprintable()
+        and len(name) < 256
         and not {"/", "\\"} & set(name)
         for name in weight_map.values()
     )
@@ -209,16 +259,31 @@ def _no_weights(folder: Path) -> ValueError:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object. Raises ValueError naming the file if it holds none."""
-    size = path.stat().st_size
-    if size > _LARGEST_JSON:
-        raise _damaged(path, f"it has {size} bytes, too many for what it should hold")
     try:
-        content = _parse(path.read_bytes())
+        with path.open("rb") as stream:
+            text = stream.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(text) > _LARGEST_JSON:
+        raise _damaged(path, f"it has more than {_LARGEST_JSON} bytes, too many for a model's")
+    try:
+        content = _parse(text)
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"it is not JSON ({_short(error)})") from error
     if not isinstance(content, dict):
         raise _damaged(path, "it does not hold a JSON object")
     return content
+
+
+def _check_depth(content: Any) -> None:
+    """Raise RecursionError for what is nested more deeply than others can print or copy."""
+    level = [content]
+    for _ in range(_DEEPEST_JSON):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if type(v) in (dict, list)]
+        level = [value for values in inner for value in values]
+    if level:
+        raise RecursionError
 
 
 def _parse(text: bytes) -> Any:
@@ -228,7 +293,7 @@ def _parse(text: bytes) -> Any:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{twice[:80]} occurs twice")
+            raise ValueError(f"{shown(twice)} occurs twice")
         return found
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
@@ -236,6 +301,10 @@ def _parse(text: bytes) -> Any:
 
 def _short(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
+
+
+def _unreadable(file: Path, error: OSError) -> ValueError:
+    return ValueError(f"{file} cannot be read: {error.strerror}; check its permissions")
 
 
 def _damaged(file: Path, why: str) -> ValueError:

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gemma_mtp_mlx.checkpoint import Checkpoint, Folder, Stored
 from gemma_mtp_mlx.config import ModelConfig
+from gemma_mtp_mlx.fields import shown
 from gemma_mtp_mlx.tensor_names import Names, Piece
 
 _STRIP = 1 << 20  # values whose finiteness is tested at a time; bounds the temporaries
@@ -33,6 +34,14 @@ _STORED_AS = {
     mx.uint32: ("U32",),
     mx.uint8: ("U8",),
     mx.int32: ("I32", "I64"),
+}
+
+# Bits and group sizes of mx.quantize by mode: with other numbers it may end the process.
+_PACKINGS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
 }
 
 
@@ -84,8 +93,7 @@ def read_parameters(plan: Plan) -> Iterator[tuple[str, mx.array]]:
         by_tensor = wanted.setdefault(plan.stored(name).file, {})
         by_tensor.setdefault(piece.stored, []).append((name, piece))
     for file, by_tensor in wanted.items():
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
+        arrays = _arrays(file)
         for stored, uses in by_tensor.items():
             whole = arrays.pop(stored)
             for name, piece in uses:
@@ -94,6 +102,15 @@ def read_parameters(plan: Plan) -> Iterator[tuple[str, mx.array]]:
                     value = mx.contiguous(mx.split(whole, piece.parts, axis=-2)[piece.part])
                 check_values(stored, value)
                 yield name, value
+
+
+def _arrays(file: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as error:  # such as a type that MLX has not, of a tensor that is skipped
+        raise ValueError(f"{file} cannot be opened by MLX: {error}; use another copy") from error
+    assert isinstance(arrays, dict)
+    return arrays
 
 
 def _narrowed(value: mx.array) -> mx.array:
@@ -120,17 +137,44 @@ def _assign(stored: dict[str, Stored], names: Names) -> tuple[dict[str, Piece], 
 
 def _quantization_block(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return what mlx wrote about quantisation. Raises ValueError for any other quantiser's."""
-    for holder in (config, config.get("text_config", {})):
+    for holder in (config, config.get("text_config")):
+        if not isinstance(holder, dict):
+            continue
         block = holder.get("quantization") or holder.get("quantization_config")
-        if block is not None:
-            if "group_size" not in block or "bits" not in block or "quant_method" in block:
-                method = block.get("quant_method", "an unknown method")
-                raise ValueError(
-                    f"config.json: weights quantised by {method} are not supported; use the "
-                    "unquantised checkpoint, or one quantised with MLX"
-                )
-            return dict(block)
+        if block is None:
+            continue
+        if not isinstance(block, dict):
+            raise ValueError(f"config.json: quantization is {shown(block)}; it must be an object")
+        if "group_size" not in block or "bits" not in block or "quant_method" in block:
+            method = block.get("quant_method", "an unknown method")
+            said = method if isinstance(method, str) and method.isprintable() else shown(method)
+            raise ValueError(
+                f"config.json: weights quantised by {said[:60]} are not supported; use the "
+                "unquantised checkpoint, or one quantised with MLX"
+            )
+        _check_packing("quantization", block)
+        for path, params in block.items():
+            if not path.isprintable():
+                raise ValueError(f"config.json: quantization of {shown(path)}: no module's name")
+            if isinstance(params, dict):
+                _check_packing(f"quantization of {shown(path)}", params)
+        return dict(block)
     return None
+
+
+def _check_packing(what: str, params: dict[str, Any]) -> None:
+    """Raise ValueError for what MLX cannot pack. params: what is absent is MLX's to choose."""
+    mode = params.get("mode", "affine")
+    known = _PACKINGS.get(mode) if isinstance(mode, str) else None
+    if known is None:
+        raise ValueError(f"{what}: mode is {shown(mode)}; it must be one of {', '.join(_PACKINGS)}")
+    for name, values in zip(("bits", "group_size"), known, strict=True):
+        given = params.get(name)
+        if given is not None and (type(given) is not int or given not in values):
+            raise ValueError(
+                f"{what}: {name} is {shown(given)}; with mode {mode} MLX has "
+                f"{', '.join(map(str, values))}; use another copy of the checkpoint"
+            )
 
 
 def _quantize(
@@ -159,16 +203,22 @@ def _quantize(
             found[path] = {"mode": "affine", **overrides[path]}
         else:
             width = leaf.weight.shape[-1]
-            group = width // stored[pieces[f"{path}.scales"].stored].shape[-1]
-            bits = stored[pieces[f"{path}.weight"].stored].shape[-1] * 32 // width
-            found[path] = {"group_size": group, "bits": bits, "mode": mode}
+            words, groups = (
+                (0, *stored[pieces[f"{path}.{what}"].stored].shape)[-1]
+                for what in ("weight", "scales")
+            )
+            params = {"group_size": width // max(1, groups), "bits": words * 32 // width}
+            found[path] = {**params, "mode": mode}
+            _check_packing(f"tensors of {path}", found[path])
         return found[path]
 
     try:
         nn.quantize(module, block["group_size"], block["bits"], mode=mode, class_predicate=choose)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         path = next(reversed(found), "")
-        raise ValueError(f"{path} cannot be quantised as {found.get(path)}: {error}") from error
+        how = shown(found.get(path))
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be quantised as {how}: {why}") from error
     return found
 
 

@@ -34,6 +34,7 @@ LEVELS = [
     {"attention", "request", "tensor_names"},
     {"constraint", "penalties", "outcome"},
     {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue"},
+    {"fields"},
 ]
 # Where the names that the package itself offers are defined.
 HOMES = {"SamplingParams": "sampling", "Stats": "request", "__version__": None}
