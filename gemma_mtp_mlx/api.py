@@ -10,14 +10,14 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from gemma_mtp_mlx import hub
 from gemma_mtp_mlx.cache import seat_size
-from gemma_mtp_mlx.checkpoint import read_config, read_json
+from gemma_mtp_mlx.checkpoint import Folder, read_config, read_json
 from gemma_mtp_mlx.config import DrafterConfig, ModelConfig
 from gemma_mtp_mlx.costs import prior_for
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
 from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.drafter import Drafter
 from gemma_mtp_mlx.kernels.fast import fast as fast_arithmetic
-from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits
+from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits, check_room
 from gemma_mtp_mlx.probe import check_formats, probe
 from gemma_mtp_mlx.prompts import Prompt, Prompts
 from gemma_mtp_mlx.round import MAX_DRAFTS, Models
@@ -25,7 +25,7 @@ from gemma_mtp_mlx.sampling import SamplingParams
 from gemma_mtp_mlx.session import Chunk, Result, Session, collect, per_prompt
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import drafter_names, target_names
-from gemma_mtp_mlx.weights import load_weights
+from gemma_mtp_mlx.weights import fill, plan_weights
 
 MAX_BATCH = 8
 
@@ -181,6 +181,7 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
     folder = hub.resolve(str(model))
     config = read_config(folder)
     target = Target(ModelConfig.from_dict(config))
+    plan = plan_weights(target, Folder(folder), target_names(target.config))
     assistant = None
     if drafter is not None:
         drafter_folder = hub.drafter_for(folder) if drafter == "auto" else hub.resolve(str(drafter))
@@ -191,8 +192,11 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
         drafter_config = DrafterConfig.from_dict(read_config(drafter_folder))
         drafter_config.check_pairs_with(target.config)
         assistant = Drafter(drafter_config)
-        load_weights(assistant, drafter_folder, drafter_names())
-    plan = load_weights(target, folder, target_names(target.config))
+        drafter_plan = plan_weights(assistant, Folder(drafter_folder), drafter_names())
+        check_room(plan.nbytes + drafter_plan.nbytes)
+        fill(assistant, drafter_plan)
+    check_room(plan.nbytes)
+    fill(target, plan)
     prompts = Prompts(target.config, _tokenizer(folder), _eos(folder, config))
     models = Models(target, assistant)
     if not on_gpu():

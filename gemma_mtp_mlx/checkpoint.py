@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -29,8 +29,8 @@ _ITEMS = {
 _BYTES = {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2}
 _BYTES |= {"U64": 8, "F64": 8} | {name: np.dtype(item).itemsize for name, item in _ITEMS.items()}
 # No Gemma 4 checkpoint comes near these; what does is not one, and could fill the memory.
-_LARGEST_HEADER = 16 << 20
-_LARGEST_JSON = 16 << 20
+LARGEST_HEADER = 16 << 20
+LARGEST_JSON = 16 << 20
 _OTHER_FORMATS = {
     ".gguf": "GGUF files have to be converted first: mlx-gemma-mtp convert --hf-path",
     ".bin": "PyTorch pickle files can run code when they are opened",
@@ -128,22 +128,26 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def check_safetensors(file: Path) -> dict[str, Stored]:
     """Return a file's tensors, in the order they lie in it, after comparing its header with it."""
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            raise ValueError(f"{file} is a Git LFS pointer, not weights; run: git lfs pull")
-        length = int.from_bytes(start, "little")
-        if length > size - 8:
-            raise _damaged(file, f"its header does not fit into its {size} bytes")
-        if length > _LARGEST_HEADER:
-            raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
-        try:
-            header = _parse(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [_entry(name, entry) for name, entry in header.items()]
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(file, f"its header cannot be read ({_short(error)})") from error
+        return read_header(file, stream, file.stat().st_size)
+
+
+def read_header(file: Path, stream: BinaryIO, size: int) -> dict[str, Stored]:
+    """Return a file's tensors as `check_safetensors`. stream: its beginning; size: its bytes."""
+    start = stream.read(8)
+    if start == b"version ":
+        raise ValueError(f"{file} is a Git LFS pointer, not weights; run: git lfs pull")
+    length = int.from_bytes(start, "little")
+    if length > size - 8:
+        raise _damaged(file, f"its header does not fit into its {size} bytes")
+    if length > LARGEST_HEADER:
+        raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
+    try:
+        header = _parse(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = [_entry(name, entry) for name, entry in header.items()]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, f"its header cannot be read ({_short(error)})") from error
     end = 0
     tensors = {}
     for first, last, name, dtype, shape in sorted(entries):
@@ -171,11 +175,7 @@ def _entry(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
-        if not names:
-            raise _damaged(index, "its weight_map does not name files of this folder")
-        files = [folder / name for name in names]
+        files = [folder / name for name in indexed_files(index, read_json(index))]
     else:
         files = sorted(folder.glob("model*.safetensors"))
     for file in files:
@@ -184,6 +184,15 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise _no_weights(folder)
     return files
+
+
+def indexed_files(file: Path, index: dict[str, Any]) -> list[str]:
+    """Return the names of the files that an index lists. Raises ValueError if it lists none."""
+    weight_map = index.get("weight_map")
+    names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
+    if not names:
+        raise _damaged(file, "its weight_map does not name files of this folder")
+    return names
 
 
 def _is_index(weight_map: Any) -> bool:
@@ -210,10 +219,15 @@ def _no_weights(folder: Path) -> ValueError:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object. Raises ValueError naming the file if it holds none."""
     size = path.stat().st_size
-    if size > _LARGEST_JSON:
+    if size > LARGEST_JSON:
         raise _damaged(path, f"it has {size} bytes, too many for what it should hold")
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """Return the object that a JSON file holds, given what is in it; errors as `read_json`."""
     try:
-        content = _parse(path.read_bytes())
+        content = _parse(text)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"it is not JSON ({_short(error)})") from error
     if not isinstance(content, dict):
