@@ -72,6 +72,16 @@ COMMANDS = {
         "--dtype": None,
         "--upload-repo": None,
     },
+    "inspect": {
+        "model": "required",
+        "--draft-model": "auto",
+        "--memory": None,
+        "--json": False,
+    },
+    "verify": {
+        "model": "required",
+        "--source": None,
+    },
 }
 MOST_OPTIONS = 29
 
