@@ -188,7 +188,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def indexed_files(file: Path, index: dict[str, Any]) -> list[str]:
     """Return the names of the files that an index lists. Raises ValueError if it lists none."""
-    weight_map = index.get("weight_map")
+    weight_map: Any = index.get("weight_map")
     names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
     if not names:
         raise _damaged(file, "its weight_map does not name files of this folder")

@@ -54,13 +54,14 @@ def _target(target: TargetFacts) -> Iterator[str]:
     yield (
         f"  Structure: {len(config.layers)} layers, {len(config.layers) - sliding} full and "
         f"{sliding} sliding over {config.sliding_window} tokens; hidden size {config.hidden_size}; "
-        f"{config.vocab_size} tokens; contexts up to {config.max_position_embeddings}"
+        f"vocabulary of {config.vocab_size}; contexts up to {config.max_position_embeddings}"
     )
     if words := features(config):
-        yield f"  Of its own: {'; '.join(words)}"
-    skipped = sum(target.skipped.values())
-    left = "; ".join(f"{count} {reason}" for reason, count in target.skipped.items())
-    yield f"  Layout: {_layout(target.source)}" + (f"; not read: {left}" if skipped else "")
+        yield f"  Also: {'; '.join(words)}"
+    yield f"  Layout: {_layout(target.source)}"
+    if target.skipped:
+        left = (f"{count} of {reason}" for reason, count in target.skipped.items())
+        yield f"  Tensors left out: {', '.join(left)}"
     yield ""
     yield from _weights("Weights", target.footprint)
 
@@ -128,7 +129,7 @@ def _fits(found: Inspection) -> Iterator[str]:
     ]
     yield from _table(head, rows)
     yield ""
-    of = "as --memory says" if found.memory_given else "on this device"
+    of = "(--memory)" if found.memory_given else "on this device"
     yield f"Memory: {_size(found.memory_bytes)} for MLX {of}"
     yield from _verdicts(found, room, "As it is")
     if not found.is_converted:
@@ -144,12 +145,13 @@ def _verdicts(found: Inspection, room: Room, what: str) -> Iterator[str]:
     context = found.contexts[0]
     for rows in ROWS:
         spare, longest = room.spare_bytes(rows, context), room.largest_context(rows)
-        word = "fits, with" if spare >= 0 else "does not fit, by"
-        room_left = "to spare" if spare >= 0 else ""
-        line = f"  {_rows(rows):8}{word} {_size(abs(spare))} {room_left}".rstrip()
-        line += f" at {context} tokens a row"
-        most = f"; at most {longest} tokens a row" if longest else "; no context fits"
-        yield line + (f"; up to its {longest} tokens" if longest == room.longest else most)
+        verdict = f"fits, with {_size(spare)} to spare"
+        if spare < 0:
+            verdict = f"does not fit, {_size(-spare)} too much,"
+        most = f"at most {longest} tokens a row" if longest else "no context fits"
+        if longest == room.longest:
+            most = f"up to its {longest} tokens"
+        yield f"  {_rows(rows):6}  {verdict} at {context} tokens a row; {most}"
 
 
 def _table(head: Row, rows: Sequence[Row]) -> Iterator[str]:

@@ -152,11 +152,15 @@ def check_files(folder: Path, on_bytes: OnBytes) -> Checked | None:
         done += count
         on_bytes(done, total)
 
-    found = [each.problem(advance) for each in expected]
-    problems += [problem for problem in found if problem is not None]
+    wrong: dict[Path, str] = {}
+    for each in expected:
+        problem = each.problem(advance)
+        if problem is not None:
+            wrong.setdefault(each.file, problem)
+    problems += wrong.values()
     if not problems:
         problems += _structure(folder)
-    return Checked(len(expected), total, tuple(dict.fromkeys(problems)))
+    return Checked(len({each.file for each in expected}), total, tuple(problems))
 
 
 def _recorded(
