@@ -274,6 +274,27 @@ def test_logits_are_those_of_the_same_passes(tiny_pair: LoadPair) -> None:
     assert np.array_equal(verification.target_logits(target, ids), passes.verify(target, ids, 1)[1])
 
 
+def test_tokens_are_a_chat_if_there_is_a_tokenizer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def logits(target: object, ids: list[int]) -> np.ndarray:
+        asked.append(ids)
+        return np.zeros((len(ids), 2), np.float32)
+
+    write_checkpoint(tmp_path / "bare", "31b")
+    monkeypatch.setattr(verification, "target_logits", logits)
+    monkeypatch.setattr(verification, "difference", lambda *_, **__: None)
+    for folder in (source, tmp_path / "bare", tmp_path / "bare"):
+        verification.compare(folder, folder)
+    for ours, theirs in zip(asked[::2], asked[1::2], strict=True):
+        assert ours == theirs and len(ours) == 32
+    chat, drawn, again = asked[::2]
+    assert chat[:2] == [2, 3]  # <bos><|turn>
+    assert drawn == again != chat and max(drawn) < 128
+
+
 def test_differences_by_hand() -> None:
     want = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32))
     got = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]], np.float32))
