@@ -196,9 +196,16 @@ def test_a_server_that_ignores_ranges_is_not_read_to_the_end(server: Hub, capsys
     assert server.sent < 0.01 * weights
 
 
+@pytest.mark.parametrize("first_bytes", [8, 1 << 20])
 def test_a_repository_and_its_folder_are_the_same(
-    server: Hub, tmp_path: Path, capsys: Capture
+    server: Hub,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    first_bytes: int,
 ) -> None:
+    """Whether too few bytes are asked for before a header's length is known, or too many."""
+    monkeypatch.setattr(remote, "_FIRST_BYTES", first_bytes)
     target, assistant = write_pair(tmp_path / "pair", "e2b", layout="conditional")
     assistant.rename(target / "drafter")
     add_tiny(server, target / "drafter", "drafter/")
@@ -221,12 +228,9 @@ def test_a_drafter_in_a_repository_of_its_own(server: Hub, tmp_path: Path, capsy
     assert found["drafter"]["where"] == "hub"
     found = inspected(capsys, REPOSITORY)
     assert found["target"] is None and found["drafter"]["layout"] == "drafter"
-    write_assistant(tmp_path / "other", "31b")
-    config = tmp_path / "other" / "config.json"
-    changed = {**json.loads(config.read_text()), "backbone_hidden_size": 64}
-    config.write_text(json.dumps(changed))
+    write_assistant(tmp_path / "other", "12b")  # of another vocabulary
     words = refused(capsys, str(target), "--draft-model", str(tmp_path / "other"))
-    assert "error" in words
+    assert "this drafter does not belong to this target" in words
 
 
 def _no_weights(hub: Hub) -> None:
