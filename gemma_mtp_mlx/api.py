@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from gemma_mtp_mlx import hub
 from gemma_mtp_mlx.cache import seat_size
-from gemma_mtp_mlx.checkpoint import check_companion, read_config, read_json
+from gemma_mtp_mlx.checkpoint import Folder, check_companion, read_config, read_json
 from gemma_mtp_mlx.config import DrafterConfig, ModelConfig
 from gemma_mtp_mlx.costs import prior_for
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
@@ -18,7 +19,7 @@ from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.drafter import Drafter
 from gemma_mtp_mlx.fields import shown
 from gemma_mtp_mlx.kernels.fast import fast as fast_arithmetic
-from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits
+from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits, check_room
 from gemma_mtp_mlx.pairing import check_pair, doubts, kind_of
 from gemma_mtp_mlx.probe import check_formats, probe
 from gemma_mtp_mlx.prompts import Prompt, Prompts
@@ -27,7 +28,7 @@ from gemma_mtp_mlx.sampling import SamplingParams
 from gemma_mtp_mlx.session import Chunk, Result, Session, collect, per_prompt
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import drafter_names, target_names
-from gemma_mtp_mlx.weights import load_weights
+from gemma_mtp_mlx.weights import Plan, fill, plan_weights
 
 MAX_BATCH = 8
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
@@ -185,7 +186,9 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
     folder = hub.resolve(str(model))
     config = read_config(folder)
     target = Target(ModelConfig.from_dict(config))
-    assistant = drafter_kind = None
+    plan = plan_weights(target, Folder(folder), target_names(target.config))
+    assistant, kind = None, None
+    planned: list[tuple[nn.Module, Plan]] = [(target, plan)]
     if drafter is not None:
         drafter_folder = hub.drafter_for(folder) if drafter == "auto" else hub.resolve(str(drafter))
         if drafter_folder is None:
@@ -196,10 +199,13 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
         drafter_config = DrafterConfig.from_dict(read_config(drafter_folder))
         check_pair(target.config, drafter_config)
         assistant = Drafter(drafter_config)
-        drafter_plan = load_weights(assistant, drafter_folder, drafter_names())
-        drafter_kind = kind_of(drafter_plan, hub.known_as(drafter_folder))
-    plan = load_weights(target, folder, target_names(target.config))
-    notes = doubts(kind_of(plan, hub.known_as(folder)), drafter_kind)
+        drafter_plan = plan_weights(assistant, Folder(drafter_folder), drafter_names())
+        kind = kind_of(drafter_plan, hub.known_as(drafter_folder))
+        planned.append((assistant, drafter_plan))
+    notes = doubts(kind_of(plan, hub.known_as(folder)), kind)
+    check_room(sum(each.nbytes for _, each in planned))
+    for module, each in planned:
+        fill(module, each)
     prompts = Prompts(target.config, _tokenizer(folder), _eos(folder, config))
     models = Models(target, assistant)
     if not on_gpu():

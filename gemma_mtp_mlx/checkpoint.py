@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeGuard
 
 import mlx.core as mx
 import numpy as np
@@ -31,8 +31,8 @@ _ITEMS = {
 _BYTES = {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2}
 _BYTES |= {"U64": 8, "F64": 8} | {name: np.dtype(item).itemsize for name, item in _ITEMS.items()}
 # No Gemma 4 checkpoint comes near these; what does is not one, and could fill the memory.
-_LARGEST_HEADER = 8 << 20
-_LARGEST_JSON = 4 << 20
+LARGEST_HEADER = 8 << 20
+LARGEST_JSON = 4 << 20
 _LARGEST_COMPANION = 256 << 20
 _DEEPEST_JSON = 64
 _MOST_TENSORS = 1 << 17
@@ -145,11 +145,16 @@ def check_safetensors(file: Path) -> dict[str, Stored]:
     """Return a file's tensors, in the order they lie in it, after comparing its header with it."""
     try:
         with file.open("rb") as stream:
-            size, start = file.stat().st_size, stream.read(8)
-            length = _header_length(file, size, start)
-            text = stream.read(length)
+            return read_header(file, stream, file.stat().st_size)
     except OSError as error:
         raise _unreadable(file, error) from error
+
+
+def read_header(file: Path, stream: BinaryIO, size: int) -> dict[str, Stored]:
+    """Return a file's tensors as `check_safetensors`. stream: its beginning; size: its bytes."""
+    start = stream.read(8)
+    length = _header_length(file, size, start)
+    text = stream.read(length)
     try:
         header = _parse(text)
         _check_metadata(header.pop("__metadata__", {}))
@@ -176,7 +181,7 @@ def _header_length(file: Path, size: int, start: bytes) -> int:
     length = int.from_bytes(start, "little")
     if length > size - 8:
         raise _damaged(file, f"its header does not fit into its {size} bytes")
-    if length > _LARGEST_HEADER:
+    if length > LARGEST_HEADER:
         raise _damaged(file, f"its header of {length} bytes is too long for a Gemma 4 model's")
     return length
 
@@ -211,11 +216,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     listed = _is_file(index)
     if listed:
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if weight_map and _is_index(weight_map) else []
-        if not names:
-            raise _damaged(index, "its weight_map does not name files of this folder")
-        files = [folder / name for name in names]
+        files = [folder / name for name in indexed_files(index, read_json(index))]
     else:
         files = sorted(folder.glob("model*.safetensors"))
     for file in files:
@@ -233,6 +234,15 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError as error:  # such as a name that is too long
         raise _unreadable(path, error) from error
+
+
+def indexed_files(file: Path, index: dict[str, Any]) -> list[str]:
+    """Return the names of the files that an index lists. Raises ValueError if it lists none."""
+    weight_map: Any = index.get("weight_map")
+    names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
+    if not names:
+        raise _damaged(file, "its weight_map does not name files of this folder")
+    return names
 
 
 def _is_index(weight_map: Any) -> TypeGuard[dict[str, str]]:
@@ -261,11 +271,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object. Raises ValueError naming the file if it holds none."""
     try:
         with path.open("rb") as stream:
-            text = stream.read(_LARGEST_JSON + 1)
+            text = stream.read(LARGEST_JSON + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if len(text) > _LARGEST_JSON:
-        raise _damaged(path, f"it has more than {_LARGEST_JSON} bytes, too many for a model's")
+    return parse_json(path, text)
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """Return the object that a JSON file holds, given what is in it; errors as `read_json`."""
+    if len(text) > LARGEST_JSON:
+        raise _damaged(path, f"it has more than {LARGEST_JSON} bytes, too many for a model's")
     try:
         content = _parse(text)
         _check_depth(content)

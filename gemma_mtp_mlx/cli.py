@@ -1,4 +1,4 @@
-"""The command line: `mlx-gemma-mtp` generate, batch, cache-prompt, convert, pull, list and rm.
+"""The command line: `mlx-gemma-mtp` generate, batch, convert, pull, inspect, ...
 
 Text goes to stdout as it is generated, everything else to stderr. What a user can get wrong ends in
 one line and exit code 2, requests that failed in 1. Importing mlx_lm takes seconds, so a command
@@ -16,6 +16,7 @@ import typer
 
 from gemma_mtp_mlx import __version__, cli_models
 from gemma_mtp_mlx.cli_convert import convert
+from gemma_mtp_mlx.cli_inspect import inspect, verify
 from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
@@ -288,6 +289,8 @@ app.command()(convert)
 app.command()(cli_models.pull)
 app.command("list")(cli_models.list_)
 app.command()(cli_models.rm)
+app.command()(inspect)
+app.command()(verify)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

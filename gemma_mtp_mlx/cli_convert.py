@@ -62,8 +62,7 @@ def convert(
         check_upload(upload_repo)
     drafter = None if draft_hf_path == "none" else draft_hf_path
     if drafter == "auto":
-        found = hub.drafter_for(hub.resolve_source(hf_path))
-        drafter = None if found is None else str(found)
+        drafter = hub.drafter_name(hub.resolve_source(hf_path))
     plans = converter.prepare(
         hf_path,
         draft_source=drafter,

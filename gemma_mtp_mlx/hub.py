@@ -99,8 +99,8 @@ def _sound(path: Path, began: float) -> Path:
     return resolve_source(f"{repository}{file}@{commit}")
 
 
-def drafter_for(target: Path) -> Path | None:
-    """Return the folder of a target's drafter, None if there is none that is known.
+def drafter_name(target: Path) -> str | None:
+    """Return the folder or the repository of a target's drafter, None if none is known.
 
     target: its folder, or a GGUF file. The drafter is looked for in the target's folder, beside it
     as FOLDER-assistant, and on the hub if the target is from there: as a snapshot in the cache, or
@@ -109,10 +109,15 @@ def drafter_for(target: Path) -> Path | None:
     folder = target if target.is_dir() else target.parent
     for near in (folder / "drafter", folder.with_name(f"{folder.name}-assistant")):
         if (near / "config.json").is_file():
-            return near
+            return str(near)
     origin = _origin(folder)
-    repository = None if origin is None else catalogue.drafter_repository(origin)
-    return None if repository is None else resolve(repository)
+    return None if origin is None else catalogue.drafter_repository(origin)
+
+
+def drafter_for(target: Path) -> Path | None:
+    """Return the folder of a target's drafter, downloaded if it is on the hub; see above."""
+    name = drafter_name(target)
+    return None if name is None else resolve(name)
 
 
 def repository_of(folder: Path) -> tuple[str, str] | None:

@@ -78,5 +78,16 @@ def plan(config: ModelConfig, dtype: mx.Dtype, limits: Limits) -> Plan:
     return Plan(limits.max_batch, positions, windows)
 
 
+def check_room(weights_bytes: int) -> None:
+    """Raise ValueError, with the numbers and the remedies, if weights cannot be held here."""
+    has = device_bytes()
+    if weights_bytes + RESERVED > has:
+        raise ValueError(
+            f"the weights take {_gb(weights_bytes)} and a pass another {_gb(RESERVED)}; MLX may "
+            f"use {_gb(has)} on this device. Use fewer bits (mlx-gemma-mtp convert -q --q-bits 4) "
+            "or a smaller model; mlx-gemma-mtp inspect shows what fits"
+        )
+
+
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"

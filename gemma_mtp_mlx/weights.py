@@ -62,6 +62,12 @@ class Plan:
         """Return what holds a parameter."""
         return self.checkpoint.tensors[self.pieces[name].stored]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read."""
+        names = {piece.stored for piece in self.pieces.values()}
+        return sum(self.checkpoint.tensors[name].nbytes for name in names)
+
 
 def load_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
     """Load the folder's weights into the module and return what was read and what was skipped.
@@ -70,9 +76,14 @@ def load_weights(module: nn.Module, folder: Path, names: Names) -> Plan:
     not finite, damaged or of an unknown kind.
     """
     plan = plan_weights(module, Folder(folder), names)
+    fill(module, plan)
+    return plan
+
+
+def fill(module: nn.Module, plan: Plan) -> None:
+    """Read what is planned into the module. Raises: ValueError naming a tensor, as above."""
     values = ((name, _narrowed(value)) for name, value in read_parameters(plan))
     module.update(tree_unflatten(list(values)))
-    return plan
 
 
 def plan_weights(module: nn.Module, checkpoint: Checkpoint, names: Names) -> Plan:

@@ -75,6 +75,16 @@ COMMANDS = {
     "pull": {"name": "required", "--no-drafter": False},
     "list": {"--json": False},
     "rm": {"name": "required", "--yes -y": False},
+    "inspect": {
+        "model": "required",
+        "--draft-model": "auto",
+        "--memory": None,
+        "--json": False,
+    },
+    "verify": {
+        "model": "required",
+        "--source": None,
+    },
 }
 MOST_OPTIONS = 29
 
