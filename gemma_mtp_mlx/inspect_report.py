@@ -32,6 +32,8 @@ def lines(found: Inspection) -> Iterator[str]:
         assert found.drafter is not None
         yield from _drafter(found.drafter)
         yield ""
+        if found.drafter.converted_bytes is not None:
+            yield f"Converted with -q (4 bits): {_size(found.drafter.converted_bytes)}"
         yield "A drafter runs with its target: inspect that one, with --draft-model naming this."
         return
     yield from _target(found.target)

@@ -228,6 +228,10 @@ def test_a_drafter_in_a_repository_of_its_own(server: Hub, tmp_path: Path, capsy
     assert found["drafter"]["where"] == "hub"
     found = inspected(capsys, REPOSITORY)
     assert found["target"] is None and found["drafter"]["layout"] == "drafter"
+    assert main(["inspect", str(assistant)]) == 0
+    text = capsys.readouterr().out
+    assert "drafter for a target of hidden size 128" in text
+    assert f"Converted with -q (4 bits): {found['drafter']['converted_bytes'] / 1e6:.2f} MB" in text
     write_assistant(tmp_path / "other", "12b")  # of another vocabulary
     words = refused(capsys, str(target), "--draft-model", str(tmp_path / "other"))
     assert "this drafter does not belong to this target" in words
