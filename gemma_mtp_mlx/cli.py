@@ -33,6 +33,7 @@ from gemma_mtp_mlx.options import (
     read_schema,
     text_or_file,
 )
+from gemma_mtp_mlx.progress import say
 
 if TYPE_CHECKING:
     from gemma_mtp_mlx.api import Pair
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args=argv, prog_name=NAME, standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer's own answer to Ctrl-C
-            _say("interrupted")
+            say("interrupted")
         return code
     except typer.TyperException as error:
         return _fail(f"{error.format_message().rstrip('.')}; see {NAME} --help")
@@ -161,17 +162,17 @@ def generate(
         session.load_prompt_cache(prompt_cache_file)
     chunks = session.stream_requests(requests)
     if verbose:
-        _say(*report.describe(pair))
-    _say(f"Reading {_count(len(ids), 'prompt')}, {_count(sum(map(len, ids)), 'token')}")
+        say(*report.describe(pair))
+    say(f"Reading {_count(len(ids), 'prompt')}, {_count(sum(map(len, ids)), 'token')}")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     out = report.JsonPrinter(sys.stdout) if json else report.TextPrinter(len(ids), sys.stdout)
     results = report.show(chunks, out)
     more = [*report.details(results), *report.depth(session.depth)] if verbose else []
-    _say("", *more, *report.summary(results))
+    say("", *more, *report.summary(results))
     if prompt_cache_file is not None:
-        _say(*report.taken_over(results, prompt_cache_file))
+        say(*report.taken_over(results, prompt_cache_file))
     failed = report.errors(results)
-    _say(*(f"{NAME}: error: {error}" for error in failed))
+    say(*(f"{NAME}: error: {error}" for error in failed))
     return FAILED if failed else 0
 
 
@@ -222,9 +223,9 @@ def batch(
         runner.check_fit(session, jobs, name)
     out = runner.Output(output, found, fingerprint(pair.target, pair.target.config))
     if found.torn:
-        _say(f"Cut an unfinished line of {_count(found.torn, 'byte')} off the end of {output}")
+        say(f"Cut an unfinished line of {_count(found.torn, 'byte')} off the end of {output}")
     if found.done:
-        _say(f"{len(found.done)} of {total} requests are in {output} already")
+        say(f"{len(found.done)} of {total} requests are in {output} already")
     failed = {index for index, _ in found.failed}
     progress = report.Progress(total, len(found.done), sys.stderr)
     try:
@@ -240,15 +241,15 @@ def batch(
     except KeyboardInterrupt:
         progress.close()
         there = f"{progress.done} of {total} requests are in {output}"
-        _say(f"{there}; the same command goes on from there")
+        say(f"{there}; the same command goes on from there")
         raise
     finally:
         progress.close()
         out.close()
     if session is not None:
-        _say(*progress.summary(session.depth))
+        say(*progress.summary(session.depth))
     if failed:
-        _say(f"{NAME}: error: {report.failures(failed, name, output)}")
+        say(f"{NAME}: error: {report.failures(failed, name, output)}")
     return FAILED if failed else 0
 
 
@@ -279,7 +280,7 @@ def cache_prompt(
     session = pair.session(max_batch=1, positions=seat_size(common + 1))
     kept = session.save_prompt_cache(whole[:common], prompt_cache_file)
     size = prompt_cache_file.stat().st_size / 1e6
-    _say(
+    say(
         f"{prompt_cache_file}: {kept} of {_count(len(whole), 'token')}, {size:.1f} MB; only whole "
         f"chunks of {session.engine.chunk} are kept"
     )
@@ -297,12 +298,12 @@ def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> 
     from gemma_mtp_mlx import hub, load
 
     if model is None:
-        _say(f"{NAME}: no --model given: using the small built-in pair, trained on Python code")
+        say(f"{NAME}: no --model given: using the small built-in pair, trained on Python code")
     began = time.perf_counter()
     drafter = None if draft_model == "none" else draft_model or "auto"
     pair = load(hub.builtin() if model is None else model, drafter, fast=fast)
     plain = " without a drafter" if pair.drafter is None else ""
-    _say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s", *pair.notes)
+    say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s", *pair.notes)
     return pair
 
 
@@ -310,11 +311,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
-
-
 def _fail(message: str) -> int:
-    _say(f"{NAME}: error: {' '.join(message.split())}")
+    say(f"{NAME}: error: {' '.join(message.split())}")
     return BAD_INPUT

@@ -2,20 +2,17 @@
 
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
-
-from tqdm import tqdm  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING, Annotated
 
 from gemma_mtp_mlx.options import Dtype, QMode, flag, opt
+from gemma_mtp_mlx.progress import Progress, say
 
 if TYPE_CHECKING:
     from gemma_mtp_mlx.convert import Report
     from gemma_mtp_mlx.convert.record import Written
 
-LINE_S = 10.0  # between two lines of progress where no bar can be drawn
 MOST_NAMED = 5
 
 
@@ -87,38 +84,6 @@ def convert(
     say(*lines(report, mlx_path))
     if upload_repo is not None:
         print(upload(mlx_path, upload_repo))
-
-
-def say(*lines: str) -> None:
-    """Print to stderr."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
-
-
-class Progress:
-    """Bytes of the source converted: a bar with the time left, or a line now and then."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._shown = time.monotonic()
-        self._bar: tqdm | None = None
-
-    def show(self, done: int, total: int) -> None:
-        """Show how far it has come."""
-        if self._bar is None and self._out.isatty():
-            bar = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "leave": False}
-            self._bar = tqdm(total=total, initial=done, file=self._out, **bar)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._shown >= LINE_S:
-            self._shown = time.monotonic()
-            line = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / total:.0%}"
-            print(line, file=self._out, flush=True)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def lines(report: "Report", folder: Path) -> Iterator[str]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_mtp_mlx.cli_convert import Progress
 from gemma_mtp_mlx.options import flag, opt
+from gemma_mtp_mlx.progress import Progress
 
 if TYPE_CHECKING:
     from gemma_mtp_mlx.verification import Checked, Comparison

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma_mtp_mlx.options import flag
+from gemma_mtp_mlx.progress import say
 
 Name = Annotated[str, typer.Argument(help="A hub repository, or a short name such as gemma4:26b.")]
 
@@ -37,7 +38,7 @@ def list_(
     elif models:
         print(*hub_cache.table(models), sep="\n")
     if not models:
-        _say(f"There is no Gemma 4 model in {constants.HF_HUB_CACHE}")
+        say(f"There is no Gemma 4 model in {constants.HF_HUB_CACHE}")
 
 
 def rm(
@@ -55,14 +56,10 @@ def rm(
         if not sys.stdin.isatty():
             raise ValueError(f"removing {repository} ({size}) needs a yes; give --yes")
         if not typer.confirm(f"Remove {repository} ({size})?", err=True):
-            _say("Nothing was removed")
+            say("Nothing was removed")
             return
     freed = hub_cache.remove(repository)
-    _say(f"Removed {repository}: {readable(freed)} freed")
+    say(f"Removed {repository}: {readable(freed)} freed")
     drafter = catalogue.drafter_repository(repository)
     if drafter in {model.repository for model in hub_cache.cached_models()}:
-        _say(f"Its drafter is still there: {drafter}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        say(f"Its drafter is still there: {drafter}")

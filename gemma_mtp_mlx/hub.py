@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_mtp_mlx import catalogue
 from gemma_mtp_mlx.checkpoint import read_json
-from gemma_mtp_mlx.download import download, remove_damaged
+from gemma_mtp_mlx.download import download, missing_files, remove_damaged, snapshot_folder
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:/([\w.-]+\.gguf))?(?:@([\w][\w./-]*))?")
@@ -75,6 +75,15 @@ def resolve_source(name: str) -> Path:
     if file is None and (folder / "config.json").is_file():
         return folder
     return folder / (file or _only_gguf(repository, [path.name for path in folder.iterdir()]))
+
+
+def cached(name: str) -> Path | None:
+    """Return where the hub's cache holds a model, None if it does not hold it all.
+
+    Raises: ValueError for what is no name on the hub.
+    """
+    folder = snapshot_folder(*split_name(name))
+    return None if folder is None or missing_files(folder) else folder
 
 
 def pull(name: str, *, drafter: bool = True) -> list[Path]:

@@ -141,7 +141,7 @@ def inspect(model: str, drafter: str = "auto", memory_bytes: int | None = None) 
         return Inspection(None, _drafter(source), "", has, given)
     found, note = (None, "left out") if drafter == "none" else (None, "")
     if drafter == "auto":
-        found, note = _own_drafter(source)
+        found, note = _own_drafter(model, source)
     elif drafter != "none":
         found = open_model(drafter)
     own = None if found is None else _drafter(found)
@@ -156,23 +156,24 @@ def open_model(name: str, folder: str = "") -> Source:
 
     folder: of the repository, with a slash at its end.
     """
-    if not remote.is_repository(name):
-        path = hub.resolve(name) / folder
+    if Path(name).expanduser().exists():
+        path = hub.resolve_source(name)
+        path = path / folder if folder else path
         return Source(str(path), FOLDER, path, open_source(path))
-    path_in_cache = remote.cached(name)
-    if path_in_cache is not None and (not folder or (path_in_cache / folder).is_dir()):
-        path = path_in_cache / folder
-        return Source(f"{name}/{folder}".rstrip("/"), CACHE, path, open_source(path))
-    where = f"{name}/{folder}".rstrip("/")
-    return Source(where, HUB, None, remote.RemoteCheckpoint(name, folder))
+    repository, revision = hub.split_name(name)
+    where = f"{repository}/{folder}".rstrip("/")
+    there = hub.cached(name)
+    if there is not None and (not folder or (there / folder).is_dir()):
+        return Source(where, CACHE, there / folder, open_source(there / folder))
+    return Source(where, HUB, None, remote.RemoteCheckpoint(repository, revision, folder))
 
 
-def _own_drafter(target: Source) -> tuple[Source | None, str]:
-    """Return a target's drafter: the one in its folder, or the one published beside it."""
+def _own_drafter(name: str, target: Source) -> tuple[Source | None, str]:
+    """Return the drafter of a target of that name: in its folder, or published beside it."""
     if target.folder is not None:
         published = hub.drafter_name(target.folder)
-    elif remote.exists(target.name, f"{DRAFTER}config.json"):
-        return open_model(target.name, DRAFTER), ""
+    elif remote.exists(*hub.split_name(name), f"{DRAFTER}config.json"):
+        return open_model(name, DRAFTER), ""
     else:
         published = catalogue.drafter_repository(target.name)
     if published is None:

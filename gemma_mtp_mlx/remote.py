@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from huggingface_hub import hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from gemma_mtp_mlx.checkpoint import (
@@ -29,14 +23,13 @@ from gemma_mtp_mlx.checkpoint import (
     indexed_files,
     parse_json,
     read_header,
-    read_json,
 )
+from gemma_mtp_mlx.hub_errors import explained
 
 _WEIGHTS = "model.safetensors"
 _FIRST_BYTES = 1 << 16  # asked for before it is known how long a header is
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
 _TIMEOUT_S = 30.0
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class _Answer(NamedTuple):
@@ -55,8 +48,8 @@ class RemoteCheckpoint:
     dtype: str | None = None
     files: tuple[Path, ...] = ()  # none are here
 
-    def __init__(self, repository: str, folder: str = "") -> None:
-        self._repository, self._folder = repository, folder
+    def __init__(self, repository: str, revision: str = "main", folder: str = "") -> None:
+        self._repository, self._revision, self._folder = repository, revision, folder
         config = self._get("config.json", LARGEST_JSON)
         if config is None:
             raise ValueError(f"the repository {repository} has no {folder}config.json")
@@ -95,45 +88,30 @@ class RemoteCheckpoint:
         return read_header(self._path(name), BytesIO(answer.data), answer.size)
 
     def _get(self, name: str, most: int, *, part: bool = False) -> _Answer | None:
-        return _fetch(self._repository, f"{self._folder}{name}", most, part=part)
+        return _fetch(self._repository, self._revision, f"{self._folder}{name}", most, part=part)
 
 
-def exists(repository: str, name: str) -> bool:
+def exists(repository: str, revision: str, name: str) -> bool:
     """Whether a repository on the hub has a file of that name."""
-    return _fetch(repository, name, 1, part=True) is not None
+    return _fetch(repository, revision, name, 1, part=True) is not None
 
 
-def _fetch(repository: str, name: str, most: int, *, part: bool) -> _Answer | None:
+def _fetch(repository: str, revision: str, name: str, most: int, *, part: bool) -> _Answer | None:
     """Return the first bytes of a file, at most so many; None if there is no such file.
 
     part: whether more bytes than those are expected to be there; if not, they are an error.
     """
-    try:
-        return _get(repository, name, most, part=part)
-    except EntryNotFoundError:
-        return None
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{repository} asks you to accept its licence: do so at "
-            f"https://huggingface.co/{repository}, then run: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"there is no folder {repository} and no such repository on the hub; check "
-            "the spelling, or run: hf auth login (if it is private)"
-        ) from error
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"there is no folder {repository}, and looking at it on the hub failed: "
-            f"{reason}; try again, or give a folder on disk"
-        ) from error
+    with explained(repository, revision, cached=False):
+        try:
+            return _get(repository, revision, name, most, part=part)
+        except EntryNotFoundError:
+            return None
 
 
-def _get(repository: str, name: str, most: int, *, part: bool) -> _Answer:
+def _get(repository: str, revision: str, name: str, most: int, *, part: bool) -> _Answer:
     headers = build_hf_headers()
     headers |= {"Range": f"bytes=0-{most - 1}", "Accept-Encoding": "identity"}
-    url = hf_hub_url(repository, name)
+    url = hf_hub_url(repository, name, revision=revision)
     session: Any = get_session()
     data = bytearray()
     with session.stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
@@ -150,19 +128,3 @@ def _get(repository: str, name: str, most: int, *, part: bool) -> _Answer:
     if size > most and not part:
         raise ValueError(f"{repository}/{name} has {size} bytes, too many for what it should hold")
     return _Answer(bytes(data[:most]), size)
-
-
-def is_repository(name: str) -> bool:
-    """Whether it is the name of a repository, and no folder's."""
-    return _REPOSITORY.fullmatch(name) is not None and not Path(name).expanduser().exists()
-
-
-def cached(repository: str) -> Path | None:
-    """Return where the hub's cache holds a repository's model, None if it does not hold it all."""
-    config = try_to_load_from_cache(repository, "config.json")
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    index = folder / INDEX
-    names = indexed_files(index, read_json(index)) if index.is_file() else [_WEIGHTS]
-    return folder if all((folder / name).is_file() for name in names) else None

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_mtp_mlx import api, hub, remote
+from gemma_mtp_mlx import api, hub
 from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, Seat, seat_size
 from gemma_mtp_mlx.checkpoint import Folder, read_config, read_json
 from gemma_mtp_mlx.config import ModelConfig
@@ -118,9 +118,9 @@ def locate(name: str) -> Path:
 
     Nothing is downloaded, which would mend, or add, what is to be checked.
     """
-    if not remote.is_repository(name):
+    if Path(name).expanduser().exists():
         return hub.resolve(name)
-    folder = remote.cached(name)
+    folder = hub.cached(name)
     if folder is None:
         raise ValueError(f"{name} is not in the hub's cache, or not all of it; download it first")
     return folder

@@ -16,7 +16,7 @@ LEVELS = [
     {"__main__"},
     {"cli"},
     {"cli_convert", "cli_inspect", "cli_models"},
-    {"options", "inspect_report"},
+    {"options", "inspect_report", "progress"},
     {"inspection", "verification"},
     {"report"},
     {"batch"},

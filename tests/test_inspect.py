@@ -113,7 +113,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Return a hub, which this process takes for the real one, with an empty cache."""
     hub = Hub()
 
-    def url(repository: str, name: str) -> str:
+    def url(repository: str, name: str, revision: str) -> str:
         return f"{hub.address}/{repository}/resolve/main/{name}"
 
     monkeypatch.setattr(remote, "hf_hub_url", url)
@@ -296,11 +296,11 @@ def test_offline_and_unreachable(
     server: Hub, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "on the hub failed" in refused(capsys, REPOSITORY)
+    assert "HF_HUB_OFFLINE is set" in refused(capsys, REPOSITORY)
     assert server.asked == []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(remote, "hf_hub_url", lambda *_: "http://127.0.0.1:1/x")
-    assert "on the hub failed" in refused(capsys, REPOSITORY)
+    monkeypatch.setattr(remote, "hf_hub_url", lambda *_, **__: "http://127.0.0.1:1/x")
+    assert "the hub cannot be reached" in refused(capsys, REPOSITORY)
 
 
 def test_a_repository_in_the_cache_is_not_asked_for(
