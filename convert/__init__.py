@@ -1,9 +1,8 @@
 """Write a published Gemma 4 checkpoint and its drafter as one folder that MLX runs.
 
-sources.py     folders, compressed-tensors (compressed.py), as checkpoints
+sources.py     folders, compressed-tensors (compressed.py) and GGUF files (gguf*.py) as checkpoints
 config.py      the published config layout, from any layout
 recipe.py      which modules are packed, and how
-grid.py        the q4_0 grid of QAT checkpoints
 plan.py        what becomes of each parameter, from headers alone
 packing.py     rows of weights as they are written, and how far they are from the source's
 stream.py      strips of rows through every core, into files (shard.py)

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from gemma_mtp_mlx.convert.packing import Error
 from gemma_mtp_mlx.convert.plan import WRITTEN, ModelPlan, plan_drafter, plan_target
 from gemma_mtp_mlx.convert.recipe import Quantization, Rule, check_used, default_recipe
 from gemma_mtp_mlx.convert.record import RECORD, Written, record
-from gemma_mtp_mlx.convert.sources import companions
 from gemma_mtp_mlx.convert.stream import Shard, shards, write_shard
+from gemma_mtp_mlx.pairing import LOOKED_AT, Kind, doubts, kind_of
 
 SHARD_BYTES = 5 << 30
 _MARGIN = 64 << 20  # for tokenizers and all that is small
@@ -35,10 +35,14 @@ OnBytes = Callable[[int, int], None]  # bytes of the source converted, and in al
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion wrote. drafter: None if there was none to convert."""
+    """What a conversion wrote. drafter: None if there was none to convert.
+
+    doubts: what speaks against this pair, or against how it was packed, a line each.
+    """
 
     target: Written
     drafter: Written | None
+    doubts: tuple[str, ...]
 
 
 def convert(
@@ -88,7 +92,21 @@ def convert(
     except BaseException:
         journal.close(keep=False)
         raise
-    return Report(written[0], written[1] if len(written) > 1 else None)
+    kinds = [_kind(plan) for plan in plans]
+    return Report(
+        target=written[0],
+        drafter=written[1] if len(written) > 1 else None,
+        doubts=tuple(doubts(kinds[0], kinds[1] if len(kinds) > 1 else None)),
+    )
+
+
+def _kind(plan: ModelPlan) -> Kind:
+    """What a source was trained for, packed as it is written."""
+    found = kind_of(plan.plan, plan.origin[0])
+    params = plan.params.get(LOOKED_AT)
+    if params is None or LOOKED_AT in (*plan.on_grid, *plan.taken):
+        return found
+    return replace(found, packed=(params["mode"], params["bits"], params["group_size"]))
 
 
 def _silent(done: int, total: int) -> None:
@@ -162,7 +180,7 @@ def _finish(
     plan: ModelPlan, those: Sequence[Shard], journal: Journal, digests: Digests, card: str | None
 ) -> Written:
     """Write a model's small files, what was converted from what among them."""
-    small = companions(plan.path)
+    small = dict(plan.companions)
     small["config.json"] = _json({**plan.config, **plan.quantization_block})
     if card is not None:
         small["README.md"] = card.encode()

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from gemma_mtp_mlx.convert import grid
+from gemma_mtp_mlx import grid
 from gemma_mtp_mlx.weights import check_values
 
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
@@ -150,9 +151,12 @@ def convert_rows(stored: str, value: mx.array, change: Change) -> Strip:
 
 def _error(value: mx.array, packed: list[mx.array], params: dict[str, Any]) -> Error:
     """Compare in float32, as kernels decode: mx.dequantize rounds to the type of the scales."""
-    codes, *scales = packed
-    wide = [array.astype(mx.float32) if params["mode"] == "affine" else array for array in scales]
-    decoded = mx.dequantize(codes, *wide, **params, dtype=mx.float32)
+    codes, scales, *biases = packed
+    if biases:
+        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+    decoded = mx.dequantize(
+        codes, scales, biases[0] if biases else None, dtype=mx.float32, **params
+    )
     exact = value.astype(mx.float32)
     mx.eval(packed, decoded, exact)
     weights = np.asarray(exact).reshape(-1)
@@ -160,6 +164,12 @@ def _error(value: mx.array, packed: list[mx.array], params: dict[str, Any]) -> E
     return Error(
         count=differences.size,
         largest=float(max(differences.max(), -differences.min())),
-        squares=float(np.dot(differences, differences)),
-        norm=float(np.dot(weights, weights)),
+        squares=_squares(differences),
+        norm=_squares(weights),
     )
+
+
+def _squares(values: npt.NDArray[np.float32]) -> float:
+    """Sum squares in float64: what is recorded must not tell strips or machines apart."""
+    wide = values.astype(np.float64)
+    return float(np.dot(wide, wide))

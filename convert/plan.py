@@ -10,15 +10,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from gemma_mtp_mlx import hub, weights
+from gemma_mtp_mlx import grid, hub, weights
 from gemma_mtp_mlx.checkpoint import Checkpoint, Stored
 from gemma_mtp_mlx.config import DRAFTER_TYPES, DrafterConfig, ModelConfig
-from gemma_mtp_mlx.convert import grid
 from gemma_mtp_mlx.convert.config import drafter_dict, target_dict
 from gemma_mtp_mlx.convert.packing import DTYPES, Change, Part, outputs
 from gemma_mtp_mlx.convert.recipe import DRAFTER, Quantization, Recipe, Rule
-from gemma_mtp_mlx.convert.sources import open_source
+from gemma_mtp_mlx.convert.sources import companions, open_source
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.pairing import check_pair
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import Piece, drafter_names, target_names
 
@@ -33,7 +33,8 @@ class ModelPlan:
     """A checked source and what becomes of it; none of its weights are read.
 
     folder: "" or "drafter/". source: as it was named; path: where that is. config: config.json to
-    be written, but for quantisation. params: of each module that is packed, in OUT. taken: modules
+    be written, but for quantisation. params: of each module that is packed, in OUT. companions: the
+    files a model is used with. taken: modules
     that the source has packed; kept: modules no rule packs, or whose rows do not divide; on_grid,
     off_grid: modules that QAT was asked for and has, or has not, trained.
     """
@@ -47,6 +48,7 @@ class ModelPlan:
     dtype: str | None
     parts: tuple[Part, ...]
     params: dict[str, dict[str, Any]]
+    companions: dict[str, bytes]
     rules: tuple[Rule, ...] = ()
     kept: tuple[str, ...] = ()
     on_grid: tuple[str, ...] = ()
@@ -55,7 +57,8 @@ class ModelPlan:
     @property
     def origin(self) -> tuple[str, str | None]:
         """The source's repository and revision, or the name of its folder or file."""
-        return hub.repository_of(self.path) or (self.path.resolve().name, None)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return hub.repository_of(folder) or (self.path.resolve().name, None)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -121,7 +124,7 @@ def plan_drafter(source: str, target: ModelPlan, dtype: str | None) -> ModelPlan
     checkpoint = open_source(path)
     config = DrafterConfig.from_dict(checkpoint.config)
     assert isinstance(target.module, Target)
-    config.check_pairs_with(target.module.config)
+    check_pair(target.module.config, config)
     module = Drafter(config)
     plan = weights.plan_weights(module, checkpoint, drafter_names())
     dtype = dtype or checkpoint.dtype
@@ -152,7 +155,8 @@ def _as_it_is(
         name: Change(_kept_dtype(name, plan.stored(name), plan, cast)) for name in plan.pieces
     }
     parts = tuple(_part(plan, name, change) for name, change in changes.items())
-    return ModelPlan(folder, source, path, config, module, plan, dtype, parts, plan.quantization)
+    params, small = plan.quantization, companions(path)
+    return ModelPlan(folder, source, path, config, module, plan, dtype, parts, params, small)
 
 
 def _kept_dtype(name: str, stored: Stored, plan: weights.Plan, cast: mx.Dtype | None) -> mx.Dtype:
@@ -216,16 +220,18 @@ class _Packer:
         for path in open_paths:
             self._choose(path, self._recipe.choose(f"{model.folder}{path}"))
         self._check_grid()
+        packed = {
+            name.removesuffix(".weight"): change.params
+            for name, change in self._changes.items()
+            if change.params
+        }
         return replace(
             model,
             parts=tuple(
                 _part(model.plan, part.name, self._changes.get(part.name, part.change))
                 for part in model.parts
             ),
-            params={
-                **model.params,
-                **{name.removesuffix(".weight"): c.params for name, c in self._changes.items()},
-            },
+            params={**model.params, **packed},
             rules=self._recipe.rules,
             kept=tuple(self._kept),
             on_grid=tuple(self._grid[True]),

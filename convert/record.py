@@ -4,9 +4,8 @@ Nothing in it depends on when or where the conversion ran: the same input gives 
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
-
-import mlx.core as mx
 
 from gemma_mtp_mlx import __version__
 from gemma_mtp_mlx.convert.digest import Digests
@@ -50,7 +49,7 @@ def record(
     """Return conversion.json of a folder. files: the SHA-256 of every other file in it."""
     name, revision = plan.origin
     return {
-        "converter": {"mlx-gemma-mtp": __version__, "mlx": mx.__version__},
+        "converter": {"mlx-gemma-mtp": __version__, "mlx": version("mlx")},
         "source": {
             "name": name,
             "revision": revision,
@@ -64,7 +63,16 @@ def record(
         "not_packed": list(plan.kept),
         "files": dict(sorted(files.items())),
         "errors": {
-            path: {"max": error.largest, "rms": error.rms, "relative_rms": error.relative}
+            path: {
+                "max": error.largest,
+                "rms": _rounded(error.rms),
+                "relative_rms": _rounded(error.relative),
+            }
             for path, error in written.errors.items()
         },
     }
+
+
+def _rounded(value: float) -> float:
+    """Leave out the digits that hang on the order of a sum."""
+    return float(f"{value:.6g}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gemma_mtp_mlx.checkpoint import Checkpoint, Folder, check_companion, read_config
 from gemma_mtp_mlx.convert.compressed import CompressedFolder, is_compressed
+from gemma_mtp_mlx.convert.gguf import GgufFile
 
 _COPIED = (
     "added_tokens.json",
@@ -22,6 +23,8 @@ def open_source(path: Path) -> Checkpoint:
 
     Raises: ValueError naming the file and the remedy for what cannot be read.
     """
+    if path.suffix == ".gguf":
+        return GgufFile(path)
     for file in _companions(path):
         check_companion(file)
     if is_compressed(read_config(path)):
@@ -31,6 +34,8 @@ def open_source(path: Path) -> Checkpoint:
 
 def companions(path: Path) -> dict[str, bytes]:
     """Return the files that a model is used with, by their names: tokenizer, chat template, ..."""
+    if path.suffix == ".gguf":
+        return GgufFile(path).companion_files()
     return {file.name: file.read_bytes() for file in _companions(path)}
 
 

@@ -19,6 +19,7 @@ from gemma_mtp_mlx.drafter import Drafter
 from gemma_mtp_mlx.fields import shown
 from gemma_mtp_mlx.kernels.fast import fast as fast_arithmetic
 from gemma_mtp_mlx.memory import PREFIX_SHARE, Limits
+from gemma_mtp_mlx.pairing import check_pair, doubts, kind_of
 from gemma_mtp_mlx.probe import check_formats, probe
 from gemma_mtp_mlx.prompts import Prompt, Prompts
 from gemma_mtp_mlx.round import MAX_DRAFTS, Models
@@ -35,9 +36,9 @@ _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
 class Pair:
     """A target with its drafter and tokenizer. Made by `load`.
 
-    skipped: how many stored tensors of the target were not needed, by reason; notes: what trying
-    the kernels on this device has found, a line each. What is learnt about how many tokens to draft
-    is kept from call to call.
+    skipped: how many stored tensors of the target were not needed, by reason; notes: what speaks
+    against this pair, and what trying the kernels on this device has found, a line each. What is
+    learnt about how many tokens to draft is kept from call to call.
     """
 
     def __init__(
@@ -174,38 +175,42 @@ class Pair:
 def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool = False) -> Pair:
     """Load a target and its drafter and, on a GPU, try the kernels they need.
 
-    model, drafter: a folder or a hub repository. drafter "auto" takes model/drafter and raises if
-    it is missing; None decodes plainly. fast: on a GPU, use MLX's own kernels where they are known
-    to be faster; what is generated is then the same up to numerical ties.
+    model, drafter: a folder, a hub repository or a short name, as `hub.resolve` takes them. drafter
+    "auto" is the target's own, found by `hub.drafter_for`, and raises if there is none; None means
+    plain decoding. fast: on a GPU, use MLX's own kernels where they are known to be faster; what is
+    generated is then the same up to numerical ties.
     Raises: ValueError naming the file and the remedy for anything that cannot be loaded, and for a
     drafter that does not belong to the target; RuntimeError for a kernel the device refuses.
     """
     folder = hub.resolve(str(model))
     config = read_config(folder)
     target = Target(ModelConfig.from_dict(config))
-    assistant = None
+    assistant = drafter_kind = None
     if drafter is not None:
         drafter_folder = hub.drafter_for(folder) if drafter == "auto" else hub.resolve(str(drafter))
         if drafter_folder is None:
             raise ValueError(
-                f"{folder} has no drafter folder; name its drafter, or none to decode plainly"
+                f"{folder} has no drafter folder and no published drafter is known for it; name "
+                "one with --draft-model, or none to decode plainly"
             )
         drafter_config = DrafterConfig.from_dict(read_config(drafter_folder))
-        drafter_config.check_pairs_with(target.config)
+        check_pair(target.config, drafter_config)
         assistant = Drafter(drafter_config)
-        load_weights(assistant, drafter_folder, drafter_names())
+        drafter_plan = load_weights(assistant, drafter_folder, drafter_names())
+        drafter_kind = kind_of(drafter_plan, hub.known_as(drafter_folder))
     plan = load_weights(target, folder, target_names(target.config))
+    notes = doubts(kind_of(plan, hub.known_as(folder)), drafter_kind)
     prompts = Prompts(target.config, _tokenizer(folder), _eos(folder, config))
     models = Models(target, assistant)
     if not on_gpu():
-        return Pair(models, prompts, plan.skipped)
+        return Pair(models, prompts, plan.skipped, notes)
     if fast:
         arithmetic = fast_arithmetic(str(mx.device_info()["architecture"]))
-        return Pair(models._replace(arithmetic=arithmetic), prompts, plan.skipped)
+        return Pair(models._replace(arithmetic=arithmetic), prompts, plan.skipped, notes)
     check_formats(target)
     if assistant is not None:
         check_formats(assistant)
-    return Pair(models, prompts, plan.skipped, probe(models))
+    return Pair(models, prompts, plan.skipped, [*notes, *probe(models)])
 
 
 def _tokenizer(folder: Path) -> TokenizerWrapper | None:

@@ -103,7 +103,7 @@ class Folder:
         values = np.empty((stop - start, width), _ITEMS[stored.dtype])
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.offset + start * width * values.itemsize)
-            read = stream.readinto(values.reshape(-1).view(np.uint8)) if values.size else 0
+            read = stream.readinto(values.reshape(-1).view(np.uint8).data) if values.size else 0
         if read != values.nbytes:
             raise _damaged(stored.file, "it changed while it was read")
         array = mx.array(values)
@@ -212,7 +212,7 @@ def _weight_files(folder: Path) -> list[Path]:
     listed = _is_file(index)
     if listed:
         weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if _is_index(weight_map) else []
+        names = sorted(set(weight_map.values())) if weight_map and _is_index(weight_map) else []
         if not names:
             raise _damaged(index, "its weight_map does not name files of this folder")
         files = [folder / name for name in names]
@@ -293,7 +293,7 @@ def _parse(text: bytes) -> Any:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{shown(twice)} occurs twice")
+            raise ValueError(f"{shown(twice)[1:-1]} occurs twice")
         return found
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)

@@ -1,4 +1,4 @@
-"""The command line: `mlx-gemma-mtp` generate, batch, cache-prompt and convert.
+"""The command line: `mlx-gemma-mtp` generate, batch, cache-prompt, convert, pull, list and rm.
 
 Text goes to stdout as it is generated, everything else to stderr. What a user can get wrong ends in
 one line and exit code 2, requests that failed in 1. Importing mlx_lm takes seconds, so a command
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_mtp_mlx import __version__
+from gemma_mtp_mlx import __version__, cli_models
 from gemma_mtp_mlx.cli_convert import convert
 from gemma_mtp_mlx.options import (
     DraftModel,
@@ -285,6 +285,9 @@ def cache_prompt(
 
 
 app.command()(convert)
+app.command()(cli_models.pull)
+app.command("list")(cli_models.list_)
+app.command()(cli_models.rm)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

@@ -50,17 +50,19 @@ def convert(
         raise ValueError("--q-mode, --q-bits and --q-group-size need -q, which asks to quantise")
     from gemma_mtp_mlx import convert as converter
     from gemma_mtp_mlx import hub
+    from gemma_mtp_mlx.upload import check_upload, upload
 
     quantization = None
     if quantize:
         mode = "affine" if q_mode is None else q_mode.value
         quantization = converter.Quantization(mode, q_bits, q_group_size)
     rules = [] if q_recipe is None else converter.read_rules(q_recipe)
+    if upload_repo is not None:
+        check_upload(upload_repo)
     drafter = None if draft_hf_path == "none" else draft_hf_path
     if drafter == "auto":
-        drafter = hub.drafter_of_source(hf_path)
-    if upload_repo is not None:
-        hub.check_upload(upload_repo)
+        found = hub.drafter_for(hub.resolve_source(hf_path))
+        drafter = None if found is None else str(found)
     progress = Progress(sys.stderr)
     try:
         report = converter.convert(
@@ -83,7 +85,7 @@ def convert(
     for line in lines(report, mlx_path):
         print(line, file=sys.stderr)
     if upload_repo is not None:
-        print(hub.upload(mlx_path, upload_repo))
+        print(upload(mlx_path, upload_repo))
 
 
 class Progress:
@@ -121,6 +123,7 @@ def lines(report: "Report", folder: Path) -> Iterator[str]:
         model += " --draft-model none"
     else:
         yield from _written(report.drafter, folder / "drafter")
+    yield from report.doubts
     yield f"Try: mlx-gemma-mtp generate --model {model} --prompt Hello"
 
 

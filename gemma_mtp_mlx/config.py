@@ -141,37 +141,6 @@ class DrafterConfig:
         if not 1 <= self.centroid_intermediate_top_k <= count:
             raise fields.wrong("centroid_intermediate_top_k", f"from 1 to num_centroids, {count}")
 
-    def check_pairs_with(self, target: ModelConfig) -> None:
-        """Raise ValueError, naming every difference, unless this drafter can read that target."""
-        differences = []
-        if self.backbone_hidden_size != target.hidden_size:
-            differences.append(
-                f"it was made for hidden size {self.backbone_hidden_size}, "
-                f"the target has {target.hidden_size}"
-            )
-        if self.text.vocab_size != target.vocab_size:
-            differences.append(f"vocabulary {self.text.vocab_size}, target {target.vocab_size}")
-        for layer in self.text.layers:
-            owner = target.last_owner(sliding=layer.sliding)
-            if layer.head_dim != owner.head_dim:
-                differences.append(
-                    f"layer {layer.index} reads heads of {layer.head_dim}, "
-                    f"the target's layer {owner.index} keeps {owner.head_dim}"
-                )
-            if self.text.num_attention_heads % owner.num_key_value_heads:
-                differences.append(
-                    f"{self.text.num_attention_heads} query heads do not divide over the "
-                    f"target's {owner.num_key_value_heads} key/value heads"
-                )
-        if self.text.sliding_window != target.sliding_window:
-            differences.append(f"window {self.text.sliding_window}, target {target.sliding_window}")
-        if differences:
-            raise ValueError(
-                "this drafter does not belong to this target: "
-                + "; ".join(dict.fromkeys(differences))
-                + ". Use the target's own assistant, or --draft-model none"
-            )
-
 
 def _check_type(config: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     model_type = config.get("model_type")

@@ -1,25 +1,26 @@
 """Find a model: a folder on disk, a repository on the Hugging Face hub, or the built-in pair."""
 
 import re
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from gemma_mtp_mlx import catalogue
+from gemma_mtp_mlx.checkpoint import read_json
+from gemma_mtp_mlx.download import download, remove_damaged
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:/([\w.-]+\.gguf))?(?:@([\w][\w./-]*))?")
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([^/]+)$")
 _BUILTIN = Path(__file__).parent / "builtin"
+_CONVERTED = "conversion.json"
 
 
 def resolve(name: str) -> Path:
-    """Return the folder of a model. name: a folder, or "owner/name" on the hub, downloaded once.
+    """Return the folder of a model that can be loaded, downloaded once if it is on the hub.
 
+    name: a folder, "owner/name" or "owner/name@revision" on the hub, or a short name, "gemma4:26b".
     Raises: ValueError saying what was looked for, why it is not there and what to do.
     """
     path = Path(name).expanduser()
@@ -27,48 +28,108 @@ def resolve(name: str) -> Path:
         return path
     if path.is_dir():
         raise ValueError(f"{path} has no config.json; give the folder of a model")
+    if path.exists() and path.suffix == ".gguf":
+        raise _not_converted(str(path))
     if path.exists():
         raise ValueError(f"{path} is a file; give the folder with config.json and safetensors")
-    if not _REPOSITORY.fullmatch(name):
+    repository, file, revision = _parse(name)
+    if file is not None:
+        raise _not_converted(name)
+
+    def choose(files: Sequence[str]) -> list[str]:
+        if "config.json" in files and any(file.endswith(".safetensors") for file in files):
+            return _model_files(files)
+        if any(file.endswith(".gguf") for file in files):
+            raise _not_converted(name)
         raise ValueError(
-            f"there is no folder {path}; give a model folder or a hub repository (owner/name)"
+            f"the repository {repository} has no config.json with safetensors; give a model's"
         )
-    return _download(name)
+
+    folder = download(repository, revision, choose)
+    if not (folder / "config.json").is_file():
+        raise _not_converted(name)
+    return folder
 
 
 def resolve_source(name: str) -> Path:
-    """Placeholder."""
-    return resolve(name)
+    """Return what can be converted: the folder of a model, or a GGUF file.
+
+    name: as for `resolve`, a GGUF file on disk, or "owner/name/FILE.gguf" on the hub. Of a
+    repository of GGUF files the model is taken if there is one, projectors and drafters aside.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.exists():
+        return resolve(name)
+    repository, file, revision = _parse(name)
+
+    def choose(files: Sequence[str]) -> list[str]:
+        if file is not None and file not in files:
+            raise ValueError(f"the repository {repository} has no file {file}")
+        if file is None and any(other.endswith(".safetensors") for other in files):
+            return _model_files(files)
+        return [file or _only_gguf(repository, files)]
+
+    folder = download(repository, revision, choose)
+    if file is None and (folder / "config.json").is_file():
+        return folder
+    return folder / (file or _only_gguf(repository, [path.name for path in folder.iterdir()]))
 
 
-def drafter_of_source(name: str) -> str | None:
-    """Placeholder."""
-    return None
+def pull(name: str, *, drafter: bool = True) -> list[Path]:
+    """Download a model and, if it has one, its drafter; return their folders, or a GGUF file.
+
+    What was there before is compared with its hashes too, and fetched again if it is damaged.
+    """
+    began = time.time()
+    target = resolve_source(name)
+    found = drafter_for(target) if drafter else None
+    return [_sound(path, began) for path in (target, found) if path is not None]
 
 
-def check_upload(repository: str) -> None:
-    """Placeholder."""
+def _sound(path: Path, began: float) -> Path:
+    """Return a model after fetching again what of it was damaged before the time given."""
+    folder = path if path.is_dir() else path.parent
+    origin = repository_of(folder)
+    if origin is None or not remove_damaged(folder, began):
+        return path
+    repository, commit = origin
+    file = "" if path == folder else f"/{path.name}"
+    return resolve_source(f"{repository}{file}@{commit}")
 
 
-def upload(folder: Path, repository: str) -> str:
-    """Placeholder."""
-    return ""
+def drafter_for(target: Path) -> Path | None:
+    """Return the folder of a target's drafter, None if there is none that is known.
+
+    target: its folder, or a GGUF file. The drafter is looked for in the target's folder, beside it
+    as FOLDER-assistant, and on the hub if the target is from there: as a snapshot in the cache, or
+    converted, which conversion.json tells.
+    """
+    folder = target if target.is_dir() else target.parent
+    for near in (folder / "drafter", folder.with_name(f"{folder.name}-assistant")):
+        if (near / "config.json").is_file():
+            return near
+    origin = _origin(folder)
+    repository = None if origin is None else catalogue.drafter_repository(origin)
+    return None if repository is None else resolve(repository)
 
 
 def repository_of(folder: Path) -> tuple[str, str] | None:
-    """Placeholder."""
-    return None
+    """Return the repository and revision of a snapshot in the hub's cache, by its path."""
+    found = _SNAPSHOT.search(folder.absolute().as_posix())
+    return None if found is None else (found[1].replace("--", "/"), found[2])
 
 
-def drafter_for(folder: Path) -> Path | None:
-    """Return the drafter that lies in a target's folder, if there is one."""
-    drafter = folder / "drafter"
-    return drafter if (drafter / "config.json").is_file() else None
+def known_as(folder: Path) -> str:
+    """Return what a model is called: its repository, what it was made from, or its folder."""
+    return _origin(folder) or folder.resolve().name
 
 
 def builtin() -> Path:
     """Return the built-in target's folder; its drafter lies in it."""
-    if drafter_for(_BUILTIN) is None or not (_BUILTIN / "config.json").is_file():
+    whole = (_BUILTIN / "config.json", _BUILTIN / "drafter" / "config.json")
+    if not all(file.is_file() for file in whole):
         raise ValueError(
             f"the built-in model is missing from {_BUILTIN}; reinstall mlx-gemma-mtp, "
             "or give a model"
@@ -76,27 +137,63 @@ def builtin() -> Path:
     return _BUILTIN
 
 
-def _download(repository: str) -> Path:
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=_FILES))
-    except GatedRepoError as error:
+def split_name(name: str) -> tuple[str, str]:
+    """Return the repository and revision that a name on the hub means, a short name's included."""
+    repository, _, revision = _parse(name)
+    return repository, revision
+
+
+def _parse(name: str) -> tuple[str, str | None, str]:
+    """Return the repository, the GGUF file if one is named, and the revision."""
+    short, _, revision = name.partition("@")
+    if short.lower().startswith(catalogue.SHORT):
+        return catalogue.repository(short), None, revision or "main"
+    found = _NAME.fullmatch(name)
+    if found is None:
         raise ValueError(
-            f"{repository} asks you to accept its licence: do so at "
-            f"https://huggingface.co/{repository}, then run: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
+            f"there is no folder {Path(name).expanduser()}; give a model folder, a hub repository "
+            f"(owner/name) or a short name ({catalogue.SHORT}26b)"
+        )
+    return found[1], found[2], found[3] or "main"
+
+
+def _model_files(files: Sequence[str]) -> list[str]:
+    return [file for file in files if any(fnmatch(file, pattern) for pattern in _FILES)]
+
+
+def _only_gguf(repository: str, files: Sequence[str]) -> str:
+    models = [
+        file
+        for file in sorted(files)
+        if file.endswith(".gguf") and "mmproj" not in file and not file.startswith("mtp-")
+    ]
+    if not models:
+        raise ValueError(f"the repository {repository} has no model; give one with safetensors")
+    if len(models) > 1:
         raise ValueError(
-            f"there is no folder {repository} and no such repository on the hub; check the "
-            "spelling, or run: hf auth login (if it is private)"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ValueError(
-            f"there is no folder {repository}, and the hub cannot be reached to download it; "
-            "connect to the network or give a folder on disk"
-        ) from error
-    except (HTTPError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"downloading {repository} failed: {reason}; try again") from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"the repository {repository} has no config.json; give a model's")
-    return folder
+            f"the repository {repository} has several models; name one: "
+            + ", ".join(f"{repository}/{file}" for file in models)
+        )
+    return models[0]
+
+
+def _not_converted(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is GGUF, which MLX models cannot read as it is; convert it: "
+        f"mlx-gemma-mtp convert --hf-path {name} --mlx-path FOLDER"
+    )
+
+
+def _origin(folder: Path) -> str | None:
+    """Return the repository that a target is from, or what it was made from, if that is known."""
+    converted = folder / _CONVERTED
+    if converted.is_file():
+        source = read_json(converted).get("source")
+        name = str(source.get("name", "")) if isinstance(source, dict) else ""
+        if name.lower().startswith(catalogue.SHORT):
+            return split_name(name)[0]
+        snapshot = repository_of(Path(name))
+        file = _NAME.fullmatch(name)
+        return snapshot[0] if snapshot else file[1] if file else name
+    snapshot = repository_of(folder)
+    return None if snapshot is None else snapshot[0]

@@ -40,9 +40,7 @@ def flag(says: str, *names: str) -> Any:
 
 
 Model = Annotated[str | None, opt("DIR_OR_REPO", "The target; the built-in pair if not given.")]
-DraftModel = Annotated[
-    str | None, opt("DIR_OR_REPO|none", "The drafter; the one in the target's folder if not.")
-]
+DraftModel = Annotated[str | None, opt("DIR_OR_REPO|none", "The drafter; the target's own if not.")]
 DraftTokens = Annotated[
     str, opt("auto|N", "Tokens drafted per round, 0 to 15; auto looks for the fastest.")
 ]

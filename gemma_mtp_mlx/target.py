@@ -37,9 +37,15 @@ class TextModel(nn.Module):
                 config.hidden_size_per_layer_input, eps=config.rms_norm_eps
             )
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of activations: the norms', whatever weights and scales are stored in."""
+        return self.norm.weight.dtype
+
     def embed(self, tokens: mx.array, beside: mx.array | None = None) -> mx.array:
         """tokens: [B, L] -> [B, L, E], scaled by sqrt(E); [B, L, 2E] with what is put beside."""
-        return embed_tokens(self.embed_tokens, tokens, self._config.hidden_size**0.5, beside)
+        scale = self._config.hidden_size**0.5
+        return embed_tokens(self.embed_tokens, tokens, scale, beside, self.dtype)
 
     def begin(
         self, tokens: mx.array, arithmetic: Arithmetic
@@ -62,7 +68,7 @@ class TextModel(nn.Module):
         if not config.hidden_size_per_layer_input:
             return [None] * len(self.layers)
         (context,) = arithmetic.project(embedding, self.per_layer_model_projection)
-        by_token = embed_tokens(self.embed_tokens_per_layer, tokens, None, None)
+        by_token = embed_tokens(self.embed_tokens_per_layer, tokens, None, None, self.dtype)
         weight = self.per_layer_projection_norm.weight
         return per_layer_inputs(context, by_token, weight, config.hidden_size, config.rms_norm_eps)
 
@@ -78,7 +84,7 @@ class Target(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype of activations, and so of keys and values."""
-        return self.model.norm.weight.dtype
+        return self.model.dtype
 
     def embed(self, tokens: mx.array, beside: mx.array) -> mx.array:
         """What a drafter reads: tokens' [B, L] scaled embeddings, and beside them [B, L, E]."""

@@ -38,7 +38,12 @@ def verify(target: Target, ids: list[int], block: int) -> tuple[Array, Array]:
     for start in range(0, len(ids), block):
         hidden.append(_verify_block(target, cache, ids[start : start + block], start))
     states = mx.concatenate(hidden)
-    return np.array(states), np.array(target.logits(states))
+    return _floats(states), np.array(target.logits(states))
+
+
+def _floats(x: mx.array) -> Array:
+    """In float32: numpy has no bfloat16."""
+    return np.array(x.astype(mx.float32))
 
 
 def _cache(target: Target, length: int) -> Cache:
@@ -64,7 +69,7 @@ def prefill(target: Target, ids: list[int], chunk: int) -> tuple[Array, Array, C
         mx.eval(hidden, list(reader.blocks.values()))
         cache.commit_prompt(reader.blocks, SEAT, start)
     assert hidden is not None
-    return np.array(hidden[0]), np.array(target.logits(hidden)[0]), cache
+    return _floats(hidden[0]), np.array(target.logits(hidden)[0]), cache
 
 
 def committed(cache: Cache, length: int) -> Shared:
@@ -74,8 +79,8 @@ def committed(cache: Cache, length: int) -> Shared:
     segment = slice(length)
     first = max(0, length - config.sliding_window - 1)
     places = np.arange(first, length) % cache.ring
-    kept = np.split(np.array(cache.storage[full.index])[:, segment], 2)
-    kept += np.split(np.array(cache.storage[sliding.index])[:, places], 2)
+    kept = np.split(_floats(cache.storage[full.index])[:, segment], 2)
+    kept += np.split(_floats(cache.storage[sliding.index])[:, places], 2)
     return Shared(*kept)
 
 
@@ -96,12 +101,12 @@ def draft(
     }
     cache.commit_prompt(blocks, SEAT, 0)
     reader = SharedKV(cache, cache.rows([SEAT], mx.array([length]), [length]))
-    state = mx.array(hidden)[None]
+    state = mx.array(hidden, target.dtype)[None]
     logits, states = [], []
     for token in tokens:
         h, state = drafter.step(target.embed(mx.array([[token]]), state[:, None]), reader)
         logits.append(_whole(drafter.candidates(h), config.vocab_size))
-        states.append(np.array(state[0]))
+        states.append(_floats(state[0]))
     return np.stack(logits), np.stack(states)
 
 

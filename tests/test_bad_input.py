@@ -230,6 +230,11 @@ def test_a_wrong_option(sound: Path, capsys: Capture, options: list[str], words:
         (["cache-prompt", "--prompt-cache-file", "x"], ["no prompt", "--prompt TEXT"]),
         (["convert"], ["--hf-path", "--help"]),
         (["convert", "--hf-path", "x"], ["--mlx-path", "--help"]),
+        (["pull"], ["name", "--help"]),
+        (["pull", "gemma4:9b"], ["no short name gemma4:9b", "gemma4:e2b"]),
+        (["pull", "gemma-4"], ["there is no folder gemma-4", "owner/name", "gemma4:26b"]),
+        (["rm"], ["name", "--help"]),
+        (["rm", "nobody/no-such-model"], ["nobody/no-such-model is not in"]),
     ],
 )
 def test_a_wrong_command(capsys: Capture, argv: list[str], words: list[str]) -> None:

@@ -14,6 +14,7 @@ from bench.metal.dispatch import Weights
 from bench.metal.matrices import chosen_experts, gate_up, projections
 from bench.metal.models import TEXTS, drafter_config, target_config
 from bench.metal.place import Case, Place, Work, packed
+from gemma_mtp_mlx.pairing import check_pair
 from tests.metal.executor import Record, Traffic
 
 
@@ -129,7 +130,7 @@ def test_models_are_the_published_ones() -> None:
     assert [layer.sliding for layer in shapes["E2B"].layers[:5]] == [True] * 4 + [False]
     assert shapes["12B"].layers[5].k_eq_v and not shapes["E4B"].layers[5].k_eq_v
     for name, config in shapes.items():
-        drafter_config(name).check_pairs_with(config)
+        check_pair(config, drafter_config(name))
 
 
 def test_random_weights_are_read_as_they_are_packed() -> None:

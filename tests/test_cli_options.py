@@ -72,6 +72,9 @@ COMMANDS = {
         "--dtype": None,
         "--upload-repo": None,
     },
+    "pull": {"name": "required", "--no-drafter": False},
+    "list": {"--json": False},
+    "rm": {"name": "required", "--yes -y": False},
 }
 MOST_OPTIONS = 29
 

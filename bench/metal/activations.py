@@ -167,8 +167,8 @@ def embedded(place: Place) -> Case:
         tokens = mx.zeros((place.rows, 1), mx.int32)
         return Work(
             random(place.rows, 1, config.hidden_size),
-            lambda x: [embed_tokens(made, tokens, scale, x)],
-            lambda x: [embed_tokens_reference(made, tokens, scale, x)],
+            lambda x: [embed_tokens(made, tokens, scale, x, x.dtype)],
+            lambda x: [embed_tokens_reference(made, tokens, scale, x, x.dtype)],
         )
 
     # The same token in every row: what is read of the table is one of its rows.

@@ -14,7 +14,7 @@ from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.kernels.draw_tokens import best_of_choices
 from gemma_mtp_mlx.kernels.kernel import Kernel, Output
 from gemma_mtp_mlx.kernels.token_head import head_logits_metal
-from gemma_mtp_mlx.kernels.weights import packing, weight_arrays
+from gemma_mtp_mlx.kernels.weights import decoded_rows, packing, weight_arrays
 from gemma_mtp_mlx.sampling import Sampling, draw, gumbel
 
 CHOOSE_IN_CLUSTER = Kernel(
@@ -78,10 +78,12 @@ def centroid_head_reference(
 
 def centroid_candidates(h: mx.array, head: CentroidHead) -> tuple[mx.array, mx.array]:
     """Return the logits [B, n] float32 of the best clusters' tokens, and their ids, ascending."""
-    best = mx.argsort(-head.centroids(h), axis=-1)[:, : head.top_k]
+    scores = head.centroids(h).astype(h.dtype)
+    best = mx.argsort(-scores, axis=-1)[:, : head.top_k]
     clusters = head.ordering.reshape(head.centroids.weight.shape[0], -1)
     ids = mx.sort(clusters[best].reshape(len(h), -1), axis=-1)
-    return (head.tokens(ids) @ h[..., None])[..., 0].astype(mx.float32), ids
+    logits = (decoded_rows(head.tokens, ids, h.dtype) @ h[..., None])[..., 0]
+    return logits.astype(h.dtype).astype(mx.float32), ids
 
 
 def centroid_head_metal(

@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from gemma_mtp_mlx.device import on_gpu
 from gemma_mtp_mlx.kernels.kernel import Kernel, Output
-from gemma_mtp_mlx.kernels.weights import packing, weight_arrays
+from gemma_mtp_mlx.kernels.weights import decoded_rows, packing, weight_arrays
 
 EMBED = Kernel(
     "embed_tokens",
@@ -21,36 +21,47 @@ EMBED = Kernel(
 
 
 def embed_tokens(
-    embedding: nn.Module, tokens: mx.array, scale: float | None, beside: mx.array | None
+    embedding: nn.Module,
+    tokens: mx.array,
+    scale: float | None,
+    beside: mx.array | None,
+    dtype: mx.Dtype,
 ) -> mx.array:
     """Return tokens' embeddings, times scale, and beside each what a drafter reads with it.
 
-    embedding: nn.Embedding or nn.QuantizedEmbedding; tokens: [B, L] int32; beside: [B, L, E].
-    Returns: [B, L, E], or [B, L, 2 * E] with `beside`, in the embedding's dtype.
+    embedding: nn.Embedding or nn.QuantizedEmbedding; tokens: [B, L] int32; beside: [B, L, E] in
+    dtype, the model's, which need not be the embedding's.
+    Returns: [B, L, E], or [B, L, 2 * E] with `beside`, in dtype.
     Error: <= 2 x that of the reference in that dtype.
     Raises: ValueError for weights that have no kernel.
     """
     path = embed_tokens_metal if on_gpu() else embed_tokens_reference
-    return path(embedding, tokens, scale, beside)
+    return path(embedding, tokens, scale, beside, dtype)
 
 
 def embed_tokens_reference(
-    embedding: nn.Module, tokens: mx.array, scale: float | None, beside: mx.array | None
+    embedding: nn.Module,
+    tokens: mx.array,
+    scale: float | None,
+    beside: mx.array | None,
+    dtype: mx.Dtype,
 ) -> mx.array:
     """The definition, in MLX's own operations."""
-    embedded = embedding(tokens)
+    embedded = decoded_rows(embedding, tokens, dtype).astype(dtype)
     if scale is not None:
-        embedded = embedded * mx.array(scale, embedded.dtype)
+        embedded = embedded * mx.array(scale, dtype)
     return embedded if beside is None else mx.concatenate([embedded, beside], axis=-1)
 
 
 def embed_tokens_metal(
-    embedding: nn.Module, tokens: mx.array, scale: float | None, beside: mx.array | None
+    embedding: nn.Module,
+    tokens: mx.array,
+    scale: float | None,
+    beside: mx.array | None,
+    dtype: mx.Dtype,
 ) -> mx.array:
     """The same; a row of the table is read once per token."""
     found = packing(embedding)
-    # mx.dequantize decodes what has no scales of a floating type to bfloat16.
-    dtype = found.dtype if mx.issubdtype(found.dtype, mx.floating) else mx.bfloat16
     codes, scales, biases = weight_arrays(embedding)
     width = codes.shape[1] * 8 * codes.dtype.size // found.bits
     template = found.template(width)

@@ -70,7 +70,8 @@ def route_reference(
     eps: float,
 ) -> tuple[mx.array, mx.array]:
     """The definition, in MLX's own operations."""
-    scores = proj(mx.fast.rms_norm(x, scale * x.shape[-1] ** -0.5, eps))
+    normed = mx.fast.rms_norm(x, scale * x.shape[-1] ** -0.5, eps)
+    scores = proj(normed).astype(x.dtype)
     # MLX's CPU sort is stable, and nothing but a CPU comes here.
     chosen = mx.argsort(-scores, axis=-1)[..., :top_k].astype(mx.int32)
     # Softmax over all, divided by the sum of the chosen, is softmax over the chosen.

@@ -96,7 +96,7 @@ class _Plan(NamedTuple):
 
 
 def head_logits(hidden: mx.array, head: nn.Module, cap: float | None) -> mx.array:
-    """Return the logits [..., V] float32 of hidden states [..., E].
+    """Return the logits [..., V] float32 of hidden states [..., E], rounded to their dtype, capped.
 
     head: the nn.Embedding or nn.QuantizedEmbedding it is tied to; cap: of the softcap, or None.
     Raises: ValueError for weights that have no kernel.
@@ -106,7 +106,7 @@ def head_logits(hidden: mx.array, head: nn.Module, cap: float | None) -> mx.arra
 
 def head_logits_reference(hidden: mx.array, head: nn.Module, cap: float | None) -> mx.array:
     """Define head_logits."""
-    logits = head.as_linear(hidden).astype(mx.float32)
+    logits = head.as_linear(hidden).astype(hidden.dtype).astype(mx.float32)
     return logits if cap is None else _softcap(logits, cap)
 
 

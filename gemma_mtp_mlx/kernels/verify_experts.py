@@ -114,7 +114,7 @@ def _chosen_matmul(proj: Switch, x: mx.array, chosen: mx.array) -> mx.array:
         weight = proj.weight.swapaxes(-1, -2).astype(mx.float32)
         out = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=chosen)
         return out.astype(x.dtype)
-    return proj(x, chosen)
+    return proj(x, chosen).astype(x.dtype)
 
 
 def experts_metal(

@@ -162,15 +162,16 @@ GATED_BY = Kernels(
 def project(x: mx.array, *layers: nn.Module) -> list[mx.array]:
     """Return each layer's x W^T: nn.Linear or nn.QuantizedLinear without a bias.
 
-    x: [..., K] in the model's dtype. Returns: [..., N] each, in x.dtype; sums in float32.
+    x: [..., K] in the model's dtype, which need not be the weights' or the scales'.
+    Returns: [..., N] each, in x.dtype; sums in float32.
     Raises: ValueError for weights that have no kernel.
     """
     return (project_metal if on_gpu() else project_reference)(x, *layers)
 
 
 def project_reference(x: mx.array, *layers: nn.Module) -> list[mx.array]:
-    """Define project."""
-    return [layer(x) for layer in layers]
+    """Define project. MLX's results are wider than x where weights are of another dtype."""
+    return [layer(x).astype(x.dtype) for layer in layers]
 
 
 def project_metal(x: mx.array, *layers: nn.Module) -> list[mx.array]:
@@ -207,7 +208,7 @@ def gated(x: mx.array, gate: nn.Module, up: nn.Module) -> mx.array:
 
 def gated_reference(x: mx.array, gate: nn.Module, up: nn.Module) -> mx.array:
     """Define gated."""
-    return geglu(gate(x), up(x))
+    return geglu(*project_reference(x, gate, up))
 
 
 def gated_metal(x: mx.array, gate: nn.Module, up: nn.Module) -> mx.array:
@@ -233,7 +234,7 @@ def gated_by(x: mx.array, gate: nn.Module, values: mx.array) -> mx.array:
 
 def gated_by_reference(x: mx.array, gate: nn.Module, values: mx.array) -> mx.array:
     """Define gated_by."""
-    return geglu(gate(x), values)
+    return geglu(*project_reference(x, gate), values)
 
 
 def gated_by_metal(x: mx.array, gate: nn.Module, values: mx.array) -> mx.array:

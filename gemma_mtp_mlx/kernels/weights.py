@@ -1,4 +1,9 @@
-"""How a linear layer's weights are stored, as weights.metal has to know it."""
+"""How a linear layer's weights are stored, as weights.metal has to know it.
+
+Scales, and weights that are not quantised, may be of another dtype than activations: q4_0's scales
+are float16, whose numbers bfloat16 cannot hold. MLX's own operations promote where the two meet,
+and a definition rounds what they return to the activations' dtype; kernels decode to float32.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,11 +69,13 @@ def packing(module: nn.Module) -> Packing:
         found, known = _format(module.mode, module.bits, module.group_size, scales.dtype)
     height, words = weight.shape[-2:]
     width = words if scales is None else words * 32 // found.bits
-    if not known or width % _SMALLEST_UNIT or height % 8 or "bias" in module:
+    apart = scales is not None and module.get("biases", scales).dtype != scales.dtype
+    if not known or width % _SMALLEST_UNIT or height % 8 or apart or "bias" in module:
         raise ValueError(
             f"{module} has no kernel whose results do not depend on the number of positions: "
             f"{height} x {width} {found.mode} weights of {found.bits} bits in groups of "
-            f"{found.group_size}{' and a bias' if 'bias' in module else ''}. Run with --fast, "
+            f"{found.group_size}{' and a bias' if 'bias' in module else ''}"
+            f"{', scales and biases of two dtypes' if apart else ''}. Run with --fast, "
             "which uses MLX's kernels."
         )
     return found
@@ -82,6 +89,17 @@ def weight_arrays(module: nn.Module) -> list[mx.array]:
     codes = module["weight"]
     scales = module.get("scales", codes)
     return [codes, scales, module.get("biases", scales)]
+
+
+def decoded_rows(table: nn.Module, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return rows [..., E] of an embedding, decoded in `dtype` if its scales are of it.
+
+    Else they are not rounded to it yet: float32, or what a plain table is of.
+    """
+    if "biases" not in table or table.scales.dtype == dtype:
+        return table(ids)
+    scales, biases = (table[part][ids].astype(mx.float32) for part in ("scales", "biases"))
+    return mx.dequantize(table.weight[ids], scales, biases, table.group_size, table.bits)
 
 
 @lru_cache  # layers ask at every launch

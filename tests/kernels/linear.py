@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mtp_mlx.kernels.verify_matmul import project_reference
 from tests.kernels.exact import check_errors, draw, exact
 
 ROUNDING = {mx.bfloat16: 2**-8, mx.float16: 2**-11, mx.float32: 2**-24}
@@ -36,12 +37,20 @@ FORMATS = [PLAIN, *AFFINE, *FLOATS]
 def linear(
     form: Format, width: int, height: int, dtype: mx.Dtype = mx.bfloat16, key: int = 0
 ) -> nn.Module:
-    """A linear layer [height, width]."""
+    """A linear layer [height, width]; dtype: of its weights or, if it has some, its scales."""
     layer = nn.Linear(width, height, bias=False)
     layer.weight = draw(100 + key, height, width, dtype=dtype, scale=width**-0.5)
     if form == PLAIN:
         return layer
     return nn.QuantizedLinear.from_linear(layer, form.group, form.bits, form.mode)
+
+
+def with_scales(layer: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The layer, its scales and biases in another dtype, which uses all the bits that it has."""
+    uneven = 1 + mx.arange(layer.scales.size).reshape(layer.scales.shape) % 97 / 1000
+    for part in ("scales", "biases"):
+        layer[part] = (layer[part].astype(mx.float32) * uneven).astype(dtype)
+    return layer
 
 
 def exact_weight(layer: nn.Module) -> np.ndarray:
@@ -67,7 +76,7 @@ def check_product(found: mx.array, x: mx.array, layer: nn.Module) -> None:
     allowed = additions * 2**-24 * (np.abs(inputs) @ np.abs(weight.T))
     allowed += ROUNDING[x.dtype] * (np.abs(right) + allowed) + 2**-25
     assert (np.abs(exact(found) - right) <= allowed).all()
-    check_errors([found], [layer(x)], [right])
+    check_errors([found], project_reference(x, layer), [right])
 
 
 def same_bits(one: mx.array, other: mx.array) -> bool:

@@ -1,5 +1,6 @@
 """The centroid head: which clusters are chosen, what is drawn among their tokens."""
 
+from itertools import product
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,12 +11,13 @@ import pytest
 from gemma_mtp_mlx.kernels.centroid_head import (
     CHOOSE_IN_CLUSTER,
     CentroidHead,
+    centroid_candidates,
     centroid_head_metal,
     centroid_head_reference,
 )
 from gemma_mtp_mlx.kernels.draw_tokens import draw_tokens_metal
 from gemma_mtp_mlx.kernels.kernel import Kernel, Output
-from gemma_mtp_mlx.kernels.token_head import head_logits_metal
+from gemma_mtp_mlx.kernels.token_head import head_logits_metal, head_logits_reference
 from gemma_mtp_mlx.sampling import Sampling, SamplingParams, batch_sampling, gumbel
 from tests.kernels.exact import DTYPES, exact
 from tests.metal.executor import Executor
@@ -40,10 +42,11 @@ CHOSEN = Kernel(
 
 
 class Form(NamedTuple):
-    """How the tokens' weights are stored; bits: 0 for plain weights."""
+    """How weights are stored; bits: 0 for plain ones. model: of hidden states, if not dtype."""
 
     bits: int
     dtype: mx.Dtype
+    model: mx.Dtype | None = None
 
 
 class Size(NamedTuple):
@@ -57,7 +60,9 @@ class Size(NamedTuple):
 
 FOUR, EIGHT = Form(4, mx.bfloat16), Form(8, mx.float16)
 PLAIN, SINGLE = Form(0, mx.bfloat16), Form(0, mx.float32)
+OTHER = Form(4, mx.float16, mx.bfloat16)
 GEMMA, TINY = Size(16_384, 256, 2048, 32), Size(128, 64, 16, 4)
+HEADS = [*product([FOUR, EIGHT, PLAIN, SINGLE], [GEMMA, TINY]), (OTHER, TINY)]
 
 
 def _quantised(layer: nn.Module, form: Form) -> nn.Module:
@@ -76,7 +81,8 @@ def _head(form: Form, size: Size) -> CentroidHead:
 
 
 def _hidden(form: Form, size: Size, rows: int) -> mx.array:
-    return mx.random.normal((rows, size.width), key=mx.random.key(rows)).astype(form.dtype)
+    drawn = mx.random.normal((rows, size.width), key=mx.random.key(rows))
+    return drawn.astype(form.model or form.dtype)
 
 
 def _sampling(count: int, first: int = 0) -> Sampling:
@@ -143,8 +149,7 @@ def test_the_first_of_equal_centroids_are_chosen(metal: Executor, dtype: mx.Dtyp
         assert _chosen(scores, count) == _best(exact(scores), count)
 
 
-@pytest.mark.parametrize("size", [GEMMA, TINY], ids=str)
-@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("form, size", HEADS, ids=str)
 def test_draws_what_is_drawn_from_the_chosen_tokens_logits(
     metal: Executor, form: Form, size: Size
 ) -> None:
@@ -161,6 +166,32 @@ def test_draws_what_is_drawn_from_the_chosen_tokens_logits(
         excluded[row, 0, clusters[_best(scores[row], size.top_k)]] = 0
     logits = head_logits_metal(h[:, None], head.tokens, None) + mx.array(excluded)
     assert mx.array_equal(tokens[:, None], draw_tokens_metal(logits, sampling, positions[:, None]))
+
+
+def test_candidates_have_the_logits_of_the_whole_head() -> None:
+    """Rounded to the dtype of hidden states, whatever the scales' is; so are centroids' scores."""
+    head, h = _head(OTHER, TINY), _hidden(OTHER, TINY, 3)
+    logits, ids = centroid_candidates(h, head)
+    whole = head_logits_reference(h, head.tokens, None)
+    assert mx.array_equal(logits.astype(mx.bfloat16).astype(mx.float32), logits)
+    apart = np.abs(exact(logits) - exact(mx.take_along_axis(whole, ids, axis=-1)))
+    assert (apart <= 2**-7 * np.abs(exact(logits))).all()  # sums in two orders, each rounded
+    scores = exact(head.centroids(h).astype(mx.bfloat16))
+    clusters = np.array(head.ordering).reshape(16, -1)
+    for row in range(3):
+        assert _ids(ids[row]) == sorted(clusters[_best(scores[row], 4)].reshape(-1).tolist())
+
+
+def test_centroids_scores_are_rounded_to_the_dtype_of_hidden_states(metal: Executor) -> None:
+    """Higher by less than that leaves them equal, whatever the centroids' dtype."""
+    head, h = _head(Form(0, mx.float32), TINY), mx.ones((1, TINY.width), mx.bfloat16)
+    higher = 1 + mx.arange(TINY.centroids)[:, None] * 2**-13
+    head.centroids.weight = mx.broadcast_to(higher / TINY.width, head.centroids.weight.shape)
+    first = np.array(head.ordering).reshape(TINY.centroids, -1)[: TINY.top_k].reshape(-1)
+    assert _ids(centroid_candidates(h, head)[1][0]) == sorted(first.tolist())
+    (token,) = _ids(centroid_head_metal(h, head, _sampling(1), _positions(1)))
+    logits = head_logits_metal(h, head.tokens, None)[0]
+    assert token == first[np.argmax(exact(logits)[first])]
 
 
 class Scores(NamedTuple):
@@ -187,8 +218,7 @@ def _off(found: mx.array, truth: np.ndarray) -> float:
     return float(np.abs(exact(found) - truth).max())
 
 
-@pytest.mark.parametrize("size", [GEMMA, TINY], ids=str)
-@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("form, size", HEADS, ids=str)
 def test_draws_as_the_definition_where_rounding_does_not_matter(
     metal: Executor, form: Form, size: Size
 ) -> None:
@@ -206,7 +236,10 @@ def test_draws_as_the_definition_where_rounding_does_not_matter(
         _off(head_logits_metal(h, head.centroids, None), centroids),
         _off(head_logits_metal(h, head.tokens, None), logits),
     ]
-    mlx_off = [_off(head.centroids(h), centroids), _off(head.tokens.as_linear(h), logits)]
+    mlx_off = [
+        _off(head.centroids(h).astype(h.dtype), centroids),
+        _off(head_logits_reference(h, head.tokens, None), logits),
+    ]
     for choose, (centroid_error, logit_error), least in (
         (centroid_head_metal, metal_off, rows / 2),
         (centroid_head_reference, mlx_off, 1),

@@ -36,9 +36,10 @@ class Router(NamedTuple):
     top_k: int
 
 
-def _router(shape: Shape, dtype: mx.Dtype, bits: int = 0) -> Router:
+def _router(shape: Shape, dtype: mx.Dtype, bits: int = 0, stored: mx.Dtype | None = None) -> Router:
+    """stored: the dtype of the projection's weights or scales, if it is not the model's."""
     proj = nn.Linear(shape.width, shape.experts, bias=False)
-    proj.weight = draw(1, shape.experts, shape.width, dtype=dtype)
+    proj.weight = draw(1, shape.experts, shape.width, dtype=stored or dtype)
     return Router(
         nn.QuantizedLinear.from_linear(proj, 32, bits) if bits else proj,
         (1 + draw(2, shape.width, dtype=dtype, scale=0.1)).astype(dtype),
@@ -74,18 +75,22 @@ def _dense(chosen: mx.array, weights: mx.array, experts: int) -> mx.array:
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, bits",
+    "shape, dtype, bits, stored",
     [
-        (GEMMA, mx.bfloat16, 8),
-        (GEMMA, mx.bfloat16, 0),
-        (TINY, mx.bfloat16, 8),
-        (TINY, mx.float16, 0),
-        (TINY, mx.float32, 0),
-        (ODD, mx.bfloat16, 4),
+        (GEMMA, mx.bfloat16, 8, None),
+        (GEMMA, mx.bfloat16, 0, None),
+        (TINY, mx.bfloat16, 8, None),
+        (TINY, mx.float16, 0, None),
+        (TINY, mx.float32, 0, None),
+        (ODD, mx.bfloat16, 4, None),
+        (TINY, mx.bfloat16, 8, mx.float16),
+        (ODD, mx.bfloat16, 0, mx.float32),
     ],
 )
-def test_values(metal: Executor, shape: Shape, dtype: mx.Dtype, bits: int) -> None:
-    router = _router(shape, dtype, bits)
+def test_values(
+    metal: Executor, shape: Shape, dtype: mx.Dtype, bits: int, stored: mx.Dtype | None
+) -> None:
+    router = _router(shape, dtype, bits, stored)
     x = _decided(4, router, shape.width, dtype)
     found, reference = (f(x, *router, EPS) for f in (route_metal, route_reference))
     assert (found[0].dtype, found[1].dtype) == (mx.int32, mx.float32)
@@ -103,6 +108,19 @@ def test_values(metal: Executor, shape: Shape, dtype: mx.Dtype, bits: int) -> No
     # Of some roundings of a score; a wrong reference would allow anything.
     assert allowed <= 16 * np.abs(scores).max() * 2.0 ** -BITS[dtype] * largest
     assert error <= 2 * allowed + 2**-23 * largest
+
+
+@pytest.mark.parametrize("f", [route_metal, route_reference])
+def test_scores_are_rounded_to_the_dtype_of_activations(metal: Executor, f: object) -> None:
+    """Higher by less than that leaves them equal, whatever the projection's dtype."""
+    router = _router(TINY, mx.bfloat16, stored=mx.float32)
+    higher = 1 + mx.arange(TINY.experts)[:, None] * 2**-13
+    router.proj.weight = mx.broadcast_to(higher / TINY.width, router.proj.weight.shape)
+    x, ones = mx.ones((3, TINY.width), mx.bfloat16), mx.ones((TINY.width,), mx.bfloat16)
+    chosen, weights = f(x, *router._replace(scale=ones), EPS)  # type: ignore[operator]
+    assert chosen.tolist() == [[0, 1]] * 3
+    halves = mx.broadcast_to(router.expert_scale[:2].astype(mx.float32) / 2, (3, 2))
+    assert mx.allclose(weights, halves, rtol=2**-20, atol=0)
 
 
 @pytest.mark.parametrize("f", [route_metal, route_reference])

@@ -29,17 +29,19 @@ ULP = 2.0**-23
 
 
 class Form(NamedTuple):
-    """How a head is stored; bits: 0 for plain weights."""
+    """How a head is stored; bits: 0 for plain weights. model: of hidden states, if not dtype."""
 
     bits: int
     group_size: int
     dtype: mx.Dtype
+    model: mx.Dtype | None = None
 
 
 FOUR = Form(4, 64, mx.bfloat16)
 EIGHT = Form(8, 32, mx.float16)
 PLAIN = Form(0, 0, mx.bfloat16)
 SINGLE = Form(0, 0, mx.float32)
+OTHERS = [Form(4, 32, mx.float16, mx.bfloat16), Form(0, 0, mx.float32, mx.bfloat16)]
 # Targets, drafters, the tiny families and theirs, the built-in pair.
 WIDTHS = [1536, 2560, 3840, 2816, 5376, 256, 1024, 128, 64, 192, 160]
 
@@ -54,7 +56,9 @@ def _head(form: Form, size: int, width: int) -> nn.Module:
 
 
 def _hidden(form: Form, *shape: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(len(shape) + shape[-2])).astype(form.dtype)
+    return mx.random.normal(shape, key=mx.random.key(len(shape) + shape[-2])).astype(
+        form.model or form.dtype
+    )
 
 
 def _weight(head: nn.Module) -> np.ndarray:
@@ -89,7 +93,7 @@ def _positions(rows: int, length: int) -> mx.array:
 
 
 @pytest.mark.parametrize("cap", [CAP, None])
-@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN, SINGLE, *OTHERS], ids=str)
 def test_logits_are_as_exact_as_mlxs(metal: Executor, form: Form, cap: float | None) -> None:
     head, hidden = _head(form, 72, 192), _hidden(form, 17, 192)
     for count in (2, 17):
@@ -102,6 +106,17 @@ def test_the_widths_of_gemma_4(metal: Executor, form: Form) -> None:
         head, hidden = _head(form, 40, width), _hidden(form, 5, width)
         for count in (1, 5):
             _check_errors(hidden[:count], head, CAP)
+
+
+@pytest.mark.parametrize("form", OTHERS, ids=str)
+def test_logits_are_rounded_to_the_dtype_of_hidden_states(metal: Executor, form: Form) -> None:
+    """As those of weights and scales of that dtype are, and before they are capped."""
+    head, hidden = _head(form, 72, 192), _hidden(form, 9, 192)
+    for path in (head_logits_metal, head_logits_reference):
+        logits = path(hidden, head, None)
+        assert mx.array_equal(logits.astype(mx.bfloat16).astype(mx.float32), logits)
+        capped = mx.tanh(logits / CAP) * CAP
+        assert mx.allclose(path(hidden, head, CAP), capped, rtol=2**-20, atol=0)
 
 
 @pytest.mark.parametrize("form", [FOUR, PLAIN], ids=str)
@@ -146,7 +161,7 @@ def test_a_block_is_its_positions(metal: Executor) -> None:
 
 @pytest.mark.parametrize("cap", [CAP, None])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 2), (2, 4), (3, 7)])
-@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN], ids=str)
+@pytest.mark.parametrize("form", [FOUR, EIGHT, PLAIN, OTHERS[0]], ids=str)
 def test_draws_what_is_drawn_from_its_logits(
     metal: Executor, form: Form, shape: tuple[int, int], cap: float | None
 ) -> None:

@@ -173,6 +173,22 @@ def test_values(metal: Executor, shape: Shape, form: Format, dtype: mx.Dtype) ->
     _check(draw(0, 24, shape.width, dtype=dtype), _choices(24, shape), _glu(shape, form, dtype))
 
 
+def test_scales_may_be_of_another_dtype(metal: Executor) -> None:
+    """And of a third one in what comes after the gate."""
+    glu = _glu(TINY, Format(4, 32), mx.float32)
+    for matrix, dtype in zip(glu, (mx.float16, mx.float16, mx.bfloat16), strict=True):
+        matrix.scales, matrix.biases = (x.astype(dtype) for x in (matrix.scales, matrix.biases))
+    x, chosen = draw(0, 24, TINY.width), _choices(24, TINY)
+    found, weights = _check(x, chosen, glu), _weights(chosen)
+    alone = experts_metal(x[3:4], chosen[3:4], weights[3:4], *glu)
+    assert found.dtype == mx.bfloat16 and mx.array_equal(alone, found[3:4])
+    operations = experts_reference(x, chosen, weights, *glu)
+    assert operations.dtype == mx.bfloat16
+    truth = _truth(x, chosen, weights, glu)
+    # `down` is added up in bfloat16; what comes before it is rounded a few times.
+    assert np.abs(exact(operations) - truth).max() <= 2**-8 * 64**0.5 * np.abs(truth).max()
+
+
 def test_gemma(metal: Executor) -> None:
     metal.mode = "fast"
     glu, x = _large(GEMMA), draw(0, 6, GEMMA.width)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -32,6 +33,7 @@ from tests.kernels.linear import (
     linear,
     one_by_one,
     same_bits,
+    with_scales,
 )
 from tests.metal.executor import Executor
 
@@ -172,6 +174,17 @@ def test_other_formats_and_more_layers_are_further_launches(metal: Executor) -> 
         check_product(y, x, layer)
 
 
+def test_scales_of_another_dtype_are_another_format(metal: Executor) -> None:
+    layers = [linear(FOUR, 128, 8 + 8 * i, key=i) for i in range(4)]
+    x = draw(9, 2, 128)
+    for i in (1, 2):
+        with_scales(layers[i], mx.float16)
+    found = project_metal(x, *layers)
+    assert [record.template["COUNT"] for record in metal.launches] == [1, 2, 1]
+    for y, layer in zip(found, layers, strict=True):
+        check_product(y, x, layer)
+
+
 # ---- gated -------------------------------------------------------------------------------------
 
 
@@ -223,12 +236,30 @@ def test_gated_saturates(metal: Executor) -> None:
         assert _nearly(found, gate.weight[None, :, 0], up.weight[None, :, 0])
 
 
-def test_gate_and_up_may_differ_in_format(metal: Executor) -> None:
-    gate, up = linear(FOUR, 128, 16), linear(EIGHT, 128, 16)
+@pytest.mark.parametrize(
+    "up", [linear(EIGHT, 128, 16), with_scales(linear(FOUR, 128, 16), mx.float16)]
+)
+def test_gate_and_up_may_differ_in_format(metal: Executor, up: nn.Module) -> None:
+    gate = linear(FOUR, 128, 16)
     x = draw(11, 6, 128)
     found = gated_metal(x, gate, up)
     assert same_bits(found, gated_by_metal(x, gate, project_metal(x, up)[0]))
     assert _nearly(found, *project_metal(x, gate), *project_metal(x, up))
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_gate_and_up_are_rounded_to_the_dtype_of_activations(metal: Executor, count: int) -> None:
+    """As if their scales were of it."""
+    gate, up = (with_scales(linear(FOUR, 448, 40, key=key), mx.float16) for key in (0, 1))
+    x = draw(10, count, 448, scale=3)
+    g, u = project_metal(x, gate, up)
+    found, by = gated_metal(x, gate, up), gated_by_metal(x, gate, u)
+    assert g.dtype == found.dtype == by.dtype == mx.bfloat16
+    assert _nearly(found, g, u) and _nearly(by, g, u)
+    g, u = project_reference(x, gate, up)
+    assert same_bits(gated_reference(x, gate, up), geglu(g, u))
+    assert same_bits(gated_by_reference(x, gate, u), geglu(g, u))
+    assert geglu(g, u).dtype == mx.bfloat16
 
 
 # ---- traffic -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from gemma_mtp_mlx.kernels.verify_matmul import project_metal
+from gemma_mtp_mlx.kernels.verify_matmul import project_metal, project_reference
 from tests.kernels.exact import draw, exact
 from tests.kernels.linear import (
     EIGHT,
@@ -17,6 +17,7 @@ from tests.kernels.linear import (
     linear,
     one_by_one,
     same_bits,
+    with_scales,
 )
 from tests.metal.executor import Executor
 
@@ -49,6 +50,30 @@ def _check_decoding(layer: nn.Module, form: Format) -> None:
     assert (np.array(project_metal(x, layer)[0]) == right).all()
     few = [project_metal(x[i : i + 4], layer)[0] for i in range(0, 128, 4)]
     assert (np.array(mx.concatenate(few)) == right).all()
+
+
+@pytest.mark.parametrize(
+    "bits, stored, dtype",
+    [
+        (4, mx.float16, mx.bfloat16),
+        (8, mx.float16, mx.bfloat16),
+        (0, mx.float32, mx.bfloat16),
+        (4, mx.float32, mx.bfloat16),
+        (4, mx.bfloat16, mx.float16),
+    ],
+)
+def test_results_are_of_the_dtype_of_activations(
+    metal: Executor, bits: int, stored: mx.Dtype, dtype: mx.Dtype
+) -> None:
+    """Whatever weights and scales are of; nothing is rounded but a result."""
+    layer = linear(Format("affine", bits, 32) if bits else PLAIN, 128, 24, stored)
+    layer = with_scales(layer, stored) if bits else layer
+    x = draw(1, 9, 128, dtype=dtype)
+    (found,), (reference,) = project_metal(x, layer), project_reference(x, layer)
+    assert found.dtype == reference.dtype == dtype
+    for product in (found, reference):
+        check_product(product, x, layer)
+    assert same_bits(project_metal(x[:3], layer)[0], found[:3])
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -92,6 +117,7 @@ def test_an_embedding_is_a_layer_too(metal: Executor) -> None:
         nn.Linear(64, 12, bias=False),
         nn.Linear(64, 8, bias=True),
         nn.QuantizedLinear(64, 8, bias=True),
+        nn.QuantizedLinear(64, 8, bias=False).update({"biases": mx.zeros((8, 1), mx.float16)}),
     ],
     ids=str,
 )

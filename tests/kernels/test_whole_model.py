@@ -1,5 +1,7 @@
 """Whole models through their kernels' Metal text: the same tokens at any depth, right logits."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from gemma_mtp_mlx.target import Target
 from tests.checkpoints import FAMILIES
 from tests.conftest import LoadPair
 from tests.metal.executor import Executor
+from tests.quantised import decoded, quantised_pair
 
 PROMPTS = [[7, 8, 9], [50] * 30, [11, 3, 5, 90, 17]]  # the second one past the window
 MIXED = [
@@ -74,6 +77,11 @@ def test_tokens_are_those_of_written_logits(
         metal.launches.clear()
 
 
+def text_of(target: Target) -> list[int]:
+    """Tokens for two blocks."""
+    return [i * 37 % target.config.vocab_size for i in range(1, 25)]
+
+
 def logits_of(target: Target, tokens: list[int]) -> np.ndarray:
     """Logits [L, V] of a text verified in two blocks."""
     size = seat_size(len(tokens))
@@ -96,7 +104,7 @@ def test_logits_are_the_references(
 ) -> None:
     """No further from a float32 model's than twice what MLX's operations are in bfloat16."""
     target = tiny_pair(family, "bfloat16").target
-    tokens = [i * 37 % target.config.vocab_size for i in range(1, 25)]
+    tokens = text_of(target)
     exact = Target(target.config)
     weights = tree_map(lambda weight: weight.astype(mx.float32), target.parameters())
     exact.update(weights)
@@ -105,3 +113,29 @@ def test_logits_are_the_references(
     found = logits_of(target, tokens)
     assert metal.launches
     assert np.abs(found - wanted).max() <= 2 * np.abs(plain - wanted).max()
+
+
+@pytest.mark.parametrize(
+    "family, scales", [("e4b", (mx.float16, mx.bfloat16)), ("26b", (mx.float16,))]
+)
+def test_scales_may_be_of_other_dtypes(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, scales: tuple[mx.Dtype, ...]
+) -> None:
+    """Logits are those of decoded weights; tokens the same at any depth and in any company."""
+    pair = quantised_pair(tmp_path, family, scales)
+    tokens = text_of(pair.target)
+    wanted, plain = (
+        logits_of(decoded(pair.target, dtype), tokens) for dtype in (mx.float32, mx.bfloat16)
+    )
+    metal: Executor = request.getfixturevalue("metal")
+    metal.mode = "fast"
+    found = logits_of(pair.target, tokens)
+    assert np.abs(found - wanted).max() <= 2 * np.abs(plain - wanted).max()
+    params = [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=1.0, seed=3)]
+    together, again = (
+        [r.tokens for r in pair.generate_batch(PROMPTS[::2], params, num_draft_tokens=k)]
+        for k in (4, 0)
+    )
+    assert together == again
+    for prompt, one, alone in zip(PROMPTS[::2], params, together, strict=True):
+        assert pair.generate(prompt, one, num_draft_tokens=0).tokens == alone

@@ -47,14 +47,18 @@ def fit(weights: mx.array, dtype: mx.Dtype) -> Fitted:
     groups = np.asarray(weights.astype(mx.float32)).reshape(-1, GROUP)
     largest = _largest(groups)
     best = np.zeros(len(groups), np.float32)
-    equal = np.full(len(groups), -1)
+    equal = np.zeros(len(groups), np.int64)
+    apart = np.full(len(groups), np.inf, np.float32)
     left = np.arange(len(groups))
     for k in range(ZERO, 0, -1):  # llama.cpp gives the largest -8; training may give it less
         tried = groups[left]
-        scales = _rounded(_allowed(tried, largest[left] / -k, source), dtype)
-        found = (_rounded(scales[:, None] * _steps(tried, scales), source) == tried).sum(axis=1)
-        better = found > equal[left]
-        best[left[better]], equal[left[better]] = scales[better], found[better]
+        scales = _rounded(_allowed(tried, largest[left] / np.float32(-k), source), dtype)
+        differences = _rounded(scales[:, None] * _steps(tried, scales), source) - tried
+        found = (differences == 0).sum(axis=1)
+        # Not by what is equal: a grid twice as wide may have more of it, and lose the rest.
+        sums = np.abs(differences).sum(axis=1)
+        nearer = left[better := sums < apart[left]]
+        best[nearer], equal[nearer], apart[nearer] = scales[better], found[better], sums[better]
         left = left[found < GROUP]
         if not left.size:
             break
