@@ -308,7 +308,7 @@ def _parse(text: bytes) -> Any:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{shown(twice)} occurs twice")
+            raise ValueError(f"{shown(twice)[1:-1]} occurs twice")
         return found
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)

@@ -181,7 +181,9 @@ BESIDE: dict[str, Harm] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_model(tmp_path_factory.mktemp("model"))
+    folder = write_text_model(tmp_path_factory.mktemp("model"))
+    shutil.rmtree(folder / "drafter")
+    return folder
 
 
 @pytest.fixture(scope="module")
