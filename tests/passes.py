@@ -38,7 +38,12 @@ def verify(target: Target, ids: list[int], block: int) -> tuple[Array, Array]:
     for start in range(0, len(ids), block):
         hidden.append(_verify_block(target, cache, ids[start : start + block], start))
     states = mx.concatenate(hidden)
-    return np.array(states), np.array(target.logits(states))
+    return _wide(states), _wide(target.logits(states))
+
+
+def _wide(values: mx.array) -> Array:
+    """Return values of any type in float32: numpy has no bfloat16."""
+    return np.array(values.astype(mx.float32))
 
 
 def _cache(target: Target, length: int) -> Cache:
@@ -91,23 +96,23 @@ def draft(
     cache = _cache(target, length)
     given = {False: shared[:2], True: shared[2:]}
     blocks = {
-        config.last_owner(sliding=kind).index: mx.array(np.concatenate(pair))[None]
+        config.last_owner(sliding=kind).index: mx.array(np.concatenate(pair), target.dtype)[None]
         for kind, pair in given.items()
     }
     cache.commit_prompt(blocks, SEAT, 0)
     reader = SharedKV(cache, cache.rows([SEAT], mx.array([length]), [length]))
-    state = mx.array(hidden)[None]
+    state = mx.array(hidden, target.dtype)[None]
     logits, states = [], []
     for token in tokens:
         h, state = drafter.step(target.embed(mx.array([[token]]), state[:, None]), reader)
         logits.append(_whole(drafter.candidates(h), config.vocab_size))
-        states.append(np.array(state[0]))
+        states.append(_wide(state[0]))
     return np.stack(logits), np.stack(states)
 
 
 def _whole(candidates: Candidates, vocab_size: int) -> Array:
     """Spread one row's candidates over the vocabulary; transformers fills with their min - 1."""
-    values = np.array(candidates.logits[0])
+    values = _wide(candidates.logits[0])
     if candidates.ids is None:
         return values
     filled = np.full(vocab_size, values.min() - 1, np.float32)
