@@ -87,3 +87,18 @@ def packed_weights(folder: Path, config: dict[str, Any]) -> dict[str, Array]:
         if name.endswith(".scales")
         for path in [name.removesuffix(".scales")]
     }
+
+
+def as_transformers(packed: dict[str, Array]) -> dict[str, Array]:
+    """Return decoded weights, by our paths, as transformers names and joins them."""
+    found = {}
+    for path, value in packed.items():
+        stem, _, last = path.rpartition("switch_glu.")
+        if last == "gate_proj" and stem:
+            up = packed[f"{stem}switch_glu.up_proj"]
+            found[f"{stem}gate_up_proj"] = np.concatenate([value, up], axis=-2)
+        elif last == "down_proj" and stem:
+            found[f"{stem}down_proj"] = value
+        elif not stem:
+            found[f"{path}.weight"] = value
+    return found

@@ -96,7 +96,7 @@ def draft(
     cache = _cache(target, length)
     given = {False: shared[:2], True: shared[2:]}
     blocks = {
-        config.last_owner(sliding=kind).index: mx.array(np.concatenate(pair))[None]
+        config.last_owner(sliding=kind).index: mx.array(np.concatenate(pair), target.dtype)[None]
         for kind, pair in given.items()
     }
     cache.commit_prompt(blocks, SEAT, 0)
@@ -112,7 +112,7 @@ def draft(
 
 def _whole(candidates: Candidates, vocab_size: int) -> Array:
     """Spread one row's candidates over the vocabulary; transformers fills with their min - 1."""
-    values = np.array(candidates.logits[0])
+    values = _wide(candidates.logits[0])
     if candidates.ids is None:
         return values
     filled = np.full(vocab_size, values.min() - 1, np.float32)

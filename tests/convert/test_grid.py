@@ -28,18 +28,7 @@ def on_grid(folder: Path, family: str, dtype: mx.Dtype, *, half: bool = True) ->
 
 def written_weights(out: Path, dtype: mx.Dtype) -> dict[str, np.ndarray]:
     """Return OUT's packed weights as transformers names them, rounded to the source's type."""
-    packed = formats.packed_weights(out, read_config(out))
-    found = {}
-    for path, value in packed.items():
-        if path.endswith("switch_glu.gate_proj"):
-            up = packed[path.replace("gate_proj", "up_proj")]
-            found[path.replace("switch_glu.gate_proj", "gate_up_proj")] = np.concatenate(
-                [value, up], axis=-2
-            )
-        elif path.endswith("switch_glu.down_proj"):
-            found[path.replace("switch_glu.down_proj", "down_proj")] = value
-        elif not path.endswith("switch_glu.up_proj"):
-            found[f"{path}.weight"] = value
+    found = formats.as_transformers(formats.packed_weights(out, read_config(out)))
     return {name: q4_0.rounded(value, dtype) for name, value in found.items()}
 
 

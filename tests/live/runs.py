@@ -6,16 +6,20 @@ at which none does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import torch
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model as load_mlx_lm
 
 from gemma_mtp_mlx import SamplingParams, load
-from tests import passes
+from gemma_mtp_mlx.checkpoint import read_config
+from tests import formats, passes
 from tests.goldens import oracle
 
 TOKENS = 24
@@ -53,6 +57,22 @@ def clear_run(model: Any, assistant: Any | None = None, tokens: int = TOKENS) ->
         if drafted.gap >= GAP:
             return run._replace(drafted=drafted)
     raise AssertionError("no prompt among 40 keeps the gaps")
+
+
+@contextmanager
+def replaced(model: Any, folder: Path) -> Iterator[int]:
+    """Give transformers' model a folder's packed weights, for a while. Yields how many."""
+    decoded = formats.as_transformers(formats.packed_weights(folder, read_config(folder)))
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].data for name in decoded}
+    try:
+        for name, value in decoded.items():
+            assert value.shape == tuple(parameters[name].shape), name
+            parameters[name].data = torch.tensor(value)
+        yield sum(value.size for value in decoded.values())
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value
 
 
 class Difference(NamedTuple):
