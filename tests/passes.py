@@ -112,7 +112,7 @@ def draft(
 
 def _whole(candidates: Candidates, vocab_size: int) -> Array:
     """Spread one row's candidates over the vocabulary; transformers fills with their min - 1."""
-    values = _wide(candidates.logits[0])
+    values = _floats(candidates.logits[0])
     if candidates.ids is None:
         return values
     filled = np.full(vocab_size, values.min() - 1, np.float32)
