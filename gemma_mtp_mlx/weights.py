@@ -160,8 +160,9 @@ def _quantization_block(config: dict[str, Any]) -> dict[str, Any] | None:
             method = block.get("quant_method", "an unknown method")
             said = method if isinstance(method, str) and method.isprintable() else shown(method)
             raise ValueError(
-                f"config.json: weights quantised by {said[:60]} are not supported; use the "
-                "unquantised checkpoint, or one quantised with MLX"
+                f"config.json: weights quantised by {said[:60]} are not supported as they are; "
+                "convert them, if they are compressed-tensors (mlx-gemma-mtp convert --hf-path "
+                "... --mlx-path ...), or use the unquantised checkpoint"
             )
         _check_packing("quantization", block)
         for path, params in block.items():

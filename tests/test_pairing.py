@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from gemma_mtp_mlx import load
+from gemma_mtp_mlx import load, pairing
 from gemma_mtp_mlx.checkpoint import Folder, read_config
 from gemma_mtp_mlx.config import DrafterConfig, LayerConfig, ModelConfig
 from gemma_mtp_mlx.convert import Quantization, convert, doubts_of, prepare, write
@@ -19,6 +20,7 @@ from gemma_mtp_mlx.pairing import Kind, check_pair, doubts, kind_of
 from gemma_mtp_mlx.target import Target
 from gemma_mtp_mlx.tensor_names import drafter_names, target_names
 from gemma_mtp_mlx.weights import plan_weights
+from tests import q4_0
 from tests.checkpoints import FAMILIES, write_pair
 
 LIKE = {"26b": "31b", "31b": "26b"}  # as tiny ones, their drafters have the same shapes
@@ -168,6 +170,19 @@ def test_doubts_have_numbers() -> None:
     [line] = doubts(replace(qat, packed=("affine", 4, 64)), qat)
     assert "7.1% (rms)" in line and "--q-mode qat" in line
     assert doubts(replace(plain, packed=("affine", 4, 64)), plain) == []
+
+
+def test_what_packing_again_costs_is_measured() -> None:
+    """The numbers in doubts, on normally distributed weights."""
+    normal = np.random.default_rng(0).standard_normal((1024, 2048), np.float32) * 0.02
+    exact = q4_0.values(*q4_0.quantise(normal))
+    weights = mx.array(exact).astype(mx.bfloat16)
+    wide = np.array(weights.astype(mx.float32))
+    for (mode, bits, group_size), said in pairing._REPACKED.items():
+        params = {"mode": mode, "bits": bits, "group_size": group_size}
+        packed = mx.dequantize(*mx.quantize(weights, **params), **params)
+        error = np.array(packed.astype(mx.float32)) - wide
+        assert abs(np.linalg.norm(error) / np.linalg.norm(wide) - said) < 1e-3, params
 
 
 def test_a_loaded_pair_says_its_doubts(tmp_path: Path) -> None:
