@@ -19,6 +19,7 @@ from gemma_mtp_mlx.checkpoint import Checkpoint
 from gemma_mtp_mlx.convert.packing import Error, Part, Strip, convert_rows
 from gemma_mtp_mlx.convert.shard import ShardFile
 
+_MOST_WORKERS = 9
 _local = threading.local()
 
 
@@ -71,7 +72,7 @@ def write_shard(
     errors: dict[str, Error] = {}
     tensors = [output for part in shard.parts for output in part.outputs]
     unfinished = file.with_suffix(".unfinished")
-    workers = max(1, min(8, os.cpu_count() or 1))
+    workers = min(_MOST_WORKERS, 1 + (os.cpu_count() or 1))  # one waits for what MLX computes
     try:
         with ThreadPoolExecutor(workers) as pool, ShardFile(unfinished, tensors) as out:
             behind: list[list[mx.array]] = []

@@ -65,7 +65,7 @@ def test_few_strips_are_under_way_at_a_time(
     monkeypatch.setattr(stream, "convert_rows", counted)
     convert(str(source), tmp_path / "out", on_bytes=counting)
     assert read == written > 1000
-    assert most <= 3 * 8 + 1  # two for each of at most eight threads, and one in each
+    assert most <= 3 * stream._MOST_WORKERS + 1  # two for each thread, and one in it
 
 
 def test_progress_counts_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
