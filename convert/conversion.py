@@ -89,6 +89,11 @@ def prepare(
     if draft_source is not None:
         plans.append(plan_drafter(draft_source, target, dtype))
     if quantization is not None or rules:
+        if not any(model.unpacked for model in plans):
+            raise ValueError(
+                f"{source} is quantised already and would lose twice; convert the original, or "
+                "leave the quantisation as it is"
+            )
         ordered = any(model.centroid_head for model in plans)
         defaults = default_recipe(quantization, centroid_head=ordered) if quantization else ()
         check_used(rules, [path for model in plans for path in model.paths])

@@ -34,8 +34,7 @@ class ModelPlan:
 
     folder: "" or "drafter/". source: as it was named; path: where that is. config: config.json to
     be written, but for quantisation. params: of each module that is packed, in OUT. companions: the
-    files a model is used with. taken: modules
-    that the source has packed; kept: modules no rule packs, or whose rows do not divide; on_grid,
+    files a model is used with. kept: modules no rule packs, or whose rows do not divide; on_grid,
     off_grid: modules that QAT was asked for and has, or has not, trained.
     """
 
@@ -95,11 +94,15 @@ class ModelPlan:
         differ = {path: params for path, params in self.params.items() if params != usual}
         return {name: {**usual, **differ} for name in ("quantization", "quantization_config")}
 
+    @property
+    def unpacked(self) -> list[str]:
+        """Modules that could be packed, and are not in the source."""
+        return [path for path in _packable(self.module) if path not in self.plan.quantization]
+
     def with_rules(self, rules: Sequence[Rule]) -> "ModelPlan":
         """Pack by rules what the source has not packed.
 
-        Raises: ValueError if that leaves nothing to pack, or QAT was asked for and most of the
-        weights are not on its grid.
+        Raises: ValueError if QAT was asked for and most of a target is not on its grid.
         """
         return _Packer(self, Recipe(tuple(rules))).planned()
 
@@ -211,13 +214,7 @@ class _Packer:
     def planned(self) -> ModelPlan:
         """Return the model's plan with the recipe in it."""
         model = self._model
-        open_paths = [path for path in _packable(model.module) if path not in model.params]
-        if not open_paths:
-            raise ValueError(
-                f"{model.source} is quantised already and would lose twice; convert the original, "
-                "or leave the quantisation as it is"
-            )
-        for path in open_paths:
+        for path in model.unpacked:
             self._choose(path, self._recipe.choose(f"{model.folder}{path}"))
         self._check_grid()
         packed = {
@@ -269,7 +266,8 @@ class _Packer:
 
     def _check_grid(self) -> None:
         """Raise ValueError if a target that QAT was asked for was not trained for it."""
-        on, off = len(self._grid[True]), len(self._grid[False])
+        off = len(self._grid[False])
+        on = len(self._grid[True]) + len(self._model.taken)
         if off > on and not self._model.folder:
             raise ValueError(
                 f"{self._model.source} was not trained for the q4_0 grid: {off} of {on + off} "

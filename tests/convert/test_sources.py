@@ -14,7 +14,7 @@ from mlx_lm import utils as mlx_lm_utils
 from gemma_mtp_mlx import SamplingParams, load
 from gemma_mtp_mlx.checkpoint import read_config
 from gemma_mtp_mlx.convert import Quantization, convert
-from tests.checkpoints import FAMILIES, write_assistant
+from tests.checkpoints import FAMILIES, write_assistant, write_pair
 from tests.gguf_files import add_tokenizer, mostly, write
 
 PROMPT = [2, *range(7, 60, 2)]
@@ -69,3 +69,27 @@ def test_a_gguf_file_that_is_packed_already_is_not_packed_again(tmp_path: Path) 
     with pytest.raises(ValueError, match="quantised already and would lose twice"):
         convert(str(file), tmp_path / "out", quantization=Quantization())
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_pair_that_is_packed_in_part_the_rest_is_packed(tmp_path: Path) -> None:
+    """A GGUF target with a plain drafter, and a plain target with a packed drafter."""
+    file, _ = write(tmp_path / "in", "31b", mostly(Type.Q4_0), edit=add_tokenizer)
+    target, drafter = write_pair(tmp_path / "pair", "31b", dtype="bfloat16")
+    first, second = tmp_path / "first", tmp_path / "second"
+    report = convert(str(file), first, draft_source=str(drafter), quantization=Quantization(bits=8))
+    assert report.target.packed == 0 and report.target.taken
+    assert report.drafter is not None and report.drafter.packed and not report.drafter.taken
+    report = convert(
+        str(target), second, draft_source=str(first / "drafter"), quantization=Quantization()
+    )
+    assert report.target.packed and not report.target.taken
+    assert report.drafter is not None and report.drafter.taken and not report.drafter.packed
+    assert len(greedy(second)) == 16
+
+
+def test_a_gguf_file_is_on_the_grid_already(tmp_path: Path) -> None:
+    """What of it is not packed, embeddings and routers, does not make it a plain model."""
+    file, _ = write(tmp_path / "in", "26b", mostly(Type.Q4_0), edit=add_tokenizer)
+    report = convert(str(file), tmp_path / "out", quantization=Quantization("qat"))
+    assert report.target.taken and report.target.off_grid
+    assert "model.layers.0.router.proj" in report.target.off_grid
