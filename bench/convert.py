@@ -117,7 +117,8 @@ def run(
         out = Path(scratch) / "out"
         if program is MLX_LM:
             out.mkdir()
-        argv = [sys.executable, "-c", program, str(source), str(out), args.mode, str(args.bits)]
+        command = [sys.executable, "-P", "-c", program]  # the package as it is installed
+        argv = [*command, str(source), str(out), args.mode, str(args.bits)]
         process = subprocess.Popen(
             argv,
             stdout=subprocess.PIPE,

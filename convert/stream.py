@@ -7,10 +7,13 @@ machine. Memory holds a few strips, and the scales of one parameter: they lie be
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Barrier, Lock
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,8 +22,26 @@ from gemma_mtp_mlx.checkpoint import Checkpoint
 from gemma_mtp_mlx.convert.packing import Error, Part, Strip, convert_rows
 from gemma_mtp_mlx.convert.shard import ShardFile
 
-_MOST_WORKERS = 9
+WORKERS = min(9, 1 + (os.cpu_count() or 1))  # one waits for what MLX computes
 _local = threading.local()
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """Return the threads that convert strips, each with an MLX stream, which is a thread too.
+
+    A stream belongs to the thread that opens it and is never closed, so threads and streams are
+    made once, and all of them before any work, as MLX is not asked to do both at a time.
+    """
+    pool, all_there, one_at_a_time = ThreadPoolExecutor(WORKERS), Barrier(WORKERS), Lock()
+
+    def open_stream() -> None:
+        with one_at_a_time:
+            _local.stream = mx.new_stream(mx.cpu)
+        all_there.wait()
+
+    wait([pool.submit(open_stream) for _ in range(WORKERS)])
+    return pool
 
 
 class Written(NamedTuple):
@@ -72,12 +93,12 @@ def write_shard(
     errors: dict[str, Error] = {}
     tensors = [output for part in shard.parts for output in part.outputs]
     unfinished = file.with_suffix(".unfinished")
-    workers = min(_MOST_WORKERS, 1 + (os.cpu_count() or 1))  # one waits for what MLX computes
     try:
-        with ThreadPoolExecutor(workers) as pool, ShardFile(unfinished, tensors) as out:
+        ahead = closing(_ahead(checkpoint, work))
+        with ahead as strips, ShardFile(unfinished, tensors) as out:
             behind: list[list[mx.array]] = []
             current = shard.parts[0]
-            for part, rows, strip in _ahead(pool, checkpoint, work, 2 * workers):
+            for part, rows, strip in strips:
                 if part is not current:
                     _write_all(out, behind)
                     current, behind = part, []
@@ -105,16 +126,14 @@ def _write_all(out: ShardFile, behind: list[list[mx.array]]) -> None:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor,
-    checkpoint: Checkpoint,
-    work: Iterator[tuple[Part, range]],
-    most: int,
-) -> Iterator[tuple[Part, range, Strip]]:
-    """Yield strips in the order of the work, at most so many of them under way."""
+    checkpoint: Checkpoint, work: Iterator[tuple[Part, range]]
+) -> Generator[tuple[Part, range, Strip], None, None]:
+    """Yield strips in the order of the work, two for each thread under way at most."""
+    pool = _workers()
     waiting: deque[tuple[Part, range, Future[Strip]]] = deque()
     try:
         for part, rows in work:
-            if len(waiting) == most:
+            if len(waiting) == 2 * WORKERS:
                 done, its_rows, strip = waiting.popleft()
                 yield done, its_rows, strip.result()
             waiting.append((part, rows, pool.submit(_strip, checkpoint, part, rows)))
@@ -124,12 +143,11 @@ def _ahead(
     finally:
         for _, _, strip in waiting:
             strip.cancel()
+        wait([strip for _, _, strip in waiting])
 
 
 def _strip(checkpoint: Checkpoint, part: Part, rows: range) -> Strip:
     """Read and convert rows, on a stream of this thread's own."""
-    if not hasattr(_local, "stream"):
-        _local.stream = mx.new_stream(mx.cpu)
     with mx.stream(_local.stream):
         value = checkpoint.rows(part.stored, rows.start, rows.stop)
         return convert_rows(part.stored, value, part.change)

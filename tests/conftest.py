@@ -78,7 +78,7 @@ def run(env: dict[str, str]) -> Run:
     """Return a function that runs a command, with more of the environment."""
 
     def start(*argv: str, **more: str) -> Done:
-        command = [sys.executable, "-c", START, *argv]
+        command = [sys.executable, "-P", "-c", START, *argv]
         return subprocess.run(
             command, env=env | more, capture_output=True, text=True, timeout=60, check=False
         )

@@ -68,7 +68,7 @@ hub.resolve(sys.argv[1])
 
 def look(env: dict[str, str], repository: str) -> Done:
     """List the cache, then find a model as if to load it."""
-    command = [sys.executable, "-c", LOOK, repository]
+    command = [sys.executable, "-P", "-c", LOOK, repository]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 

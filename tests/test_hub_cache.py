@@ -78,7 +78,7 @@ def symlink_to(self, target):
     raise PermissionError("no links here")
 pathlib.Path.symlink_to = symlink_to
 """
-    command = [sys.executable, "-c", unlinked + START, "pull", TARGET]
+    command = [sys.executable, "-P", "-c", unlinked + START, "pull", TARGET]
     for times in range(2):
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         for folder in map(Path, done.stdout.splitlines()):
@@ -123,7 +123,7 @@ def test_the_cache_is_shared_with_other_tools(
     hub: HubServer, run: Run, env: dict[str, str], first: str
 ) -> None:
     def others() -> str:
-        command = [sys.executable, "-c", OTHER_TOOL, TARGET]
+        command = [sys.executable, "-P", "-c", OTHER_TOOL, TARGET]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[1]
 

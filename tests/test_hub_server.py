@@ -103,7 +103,7 @@ def _resumed(hub: HubServer, run: Run, env: dict[str, str], there: int) -> None:
 
 def test_a_killed_download_is_gone_on_with(hub: HubServer, run: Run, env: dict[str, str]) -> None:
     hub.faults["/storage/"] = Fault(delay_s=0.005)
-    command = [sys.executable, "-c", START, "pull", SOURCE]
+    command = [sys.executable, "-P", "-c", START, "pull", SOURCE]
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not any(part.stat().st_size for part in cache(env, SOURCE).glob("blobs/*")):
@@ -195,7 +195,7 @@ def test_a_small_disk_is_noticed_before_the_download(
 
 def test_a_disk_that_fills_up_is_explained(hub: HubServer, run: Run, env: dict[str, str]) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (15_000_000, 15_000_000))\n"
-    command = [sys.executable, "-c", limit + START, "pull", SOURCE]
+    command = [sys.executable, "-P", "-c", limit + START, "pull", SOURCE]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     refused(done, f"no room for {SOURCE}", "disk is full", "HF_HOME", "is kept")
     not_there(env, SOURCE)
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up_is_explained(hub: HubServer, run: Run, env: dict[s
 
 def test_two_downloads_at_once_share_the_work(hub: HubServer, env: dict[str, str]) -> None:
     hub.faults["/storage/"] = Fault(delay_s=0.001)
-    command = [sys.executable, "-c", START, "pull", SOURCE]
+    command = [sys.executable, "-P", "-c", START, "pull", SOURCE]
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(2)]
     assert len({process.communicate(timeout=60)[0] for process in both}) == 1
     assert [process.returncode for process in both] == [0, 0]

@@ -153,7 +153,7 @@ def add_tiny(hub: Hub, folder: Path, prefix: str = "") -> None:
 def run(hub: Hub, cache: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(cache)}
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "gemma_mtp_mlx", *argv]
+    command = [sys.executable, "-P", "-m", "gemma_mtp_mlx", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

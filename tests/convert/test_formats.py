@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gemma_mtp_mlx.checkpoint import read_config
-from gemma_mtp_mlx.convert import Quantization, convert, packing
+from gemma_mtp_mlx.convert import Quantization, convert, packing, stream
 from gemma_mtp_mlx.convert.record import Written
 from tests import formats, q4_0
 from tests.checkpoints import write_pair
@@ -139,8 +139,10 @@ def test_the_same_input_gives_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(packing, "STRIP_BYTES", 20_000)
         convert(str(target), tmp_path / "elsewhere" / "strips", **kept)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    convert(str(target), tmp_path / "alone", **kept)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as alone:
+        alone.submit(lambda: setattr(stream._local, "stream", mx.new_stream(mx.cpu))).result()
+        patch.setattr(stream, "_workers", lambda: alone)
+        convert(str(target), tmp_path / "alone", **kept)
     want = digests(tmp_path / "one")
     assert "drafter/conversion.json" in want
     for other in ("elsewhere/strips", "alone"):

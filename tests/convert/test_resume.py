@@ -73,7 +73,7 @@ def test_a_killed_conversion_goes_on_and_writes_the_same_bytes(
 ) -> None:
     out = tmp_path / "new" / "out"
     argv = [*pair, str(out), str(share), str(SHARD_BYTES)]
-    ended = subprocess.run([sys.executable, "-c", KILLED, *argv], check=False)
+    ended = subprocess.run([sys.executable, "-P", "-c", KILLED, *argv], check=False)
     assert ended.returncode == -signal.SIGKILL
     partial = out.parent / ".out.partial"
     assert [path.name for path in out.parent.iterdir()] == [partial.name]
@@ -91,7 +91,7 @@ def test_a_killed_conversion_goes_on_and_writes_the_same_bytes(
 def test_a_damaged_file_is_made_again(tmp_path: Path, pair: tuple[str, str]) -> None:
     out = tmp_path / "out"
     argv = [*pair, str(out), "0.8", str(SHARD_BYTES)]
-    subprocess.run([sys.executable, "-c", KILLED, *argv], check=False)
+    subprocess.run([sys.executable, "-P", "-c", KILLED, *argv], check=False)
     shard = sorted((tmp_path / ".out.partial").glob("*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -107,7 +107,7 @@ def test_nothing_is_taken_over_from_another_conversion(
 ) -> None:
     out = tmp_path / "out"
     argv = [*pair, str(out), "0.8", str(SHARD_BYTES)]
-    subprocess.run([sys.executable, "-c", KILLED, *argv], check=False)
+    subprocess.run([sys.executable, "-P", "-c", KILLED, *argv], check=False)
     convert(pair[0], out, draft_source=pair[1], quantization=Quantization(bits=8))
     eight = set(read)
     read.clear()
@@ -121,7 +121,7 @@ def test_a_source_that_changed_is_converted_anew(
 ) -> None:
     out = tmp_path / "out"
     argv = [*pair, str(out), "0.8", str(SHARD_BYTES)]
-    subprocess.run([sys.executable, "-c", KILLED, *argv], check=False)
+    subprocess.run([sys.executable, "-P", "-c", KILLED, *argv], check=False)
     for file in Path(pair[0]).glob("*.safetensors"):
         content = bytearray(file.read_bytes())
         content[-3] ^= 1

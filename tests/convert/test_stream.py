@@ -65,7 +65,17 @@ def test_few_strips_are_under_way_at_a_time(
     monkeypatch.setattr(stream, "convert_rows", counted)
     convert(str(source), tmp_path / "out", on_bytes=counting)
     assert read == written > 1000
-    assert most <= 3 * stream._MOST_WORKERS + 1  # two for each thread, and one in it
+    assert most <= 3 * stream.WORKERS + 1  # two for each thread, and one in it
+
+
+def test_threads_are_made_once(tmp_path: Path) -> None:
+    """MLX never closes a stream, which is a thread."""
+    source, draft_source = write_pair(tmp_path / "in", "31b")
+    counts = []
+    for name in ("first", "second", "third"):
+        convert(str(source), tmp_path / name, draft_source=str(draft_source))
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_progress_counts_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
