@@ -31,6 +31,12 @@ def relative(got: Array, want: Array) -> float:
     return float(np.abs(got.astype(np.float64) - want).max() / np.abs(want).max())
 
 
+def rms_relative(got: Array, want: Array) -> float:
+    """Return rms(got - want) / rms(want): of rounding, where the largest is one of few draws."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
+
+
 def verify(target: Target, ids: list[int], block: int) -> tuple[Array, Array]:
     """Run a prompt as verify passes of `block` tokens. Returns hidden [T, E] and logits [T, V]."""
     cache = _cache(target, len(ids))

@@ -6,7 +6,7 @@ at which none does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,12 +82,14 @@ class Difference(NamedTuple):
     drafter: float = 0.0
 
 
-def difference(folder: Path, run: Run) -> Difference:
+def difference(
+    folder: Path, run: Run, measure: Callable[..., float] = passes.relative
+) -> Difference:
     """Load a converted folder, and the drafter in it if the run has drafted, and compare."""
     pair = load(folder, drafter=folder / "drafter" if run.drafted else None)
     hidden, logits = passes.verify(pair.target, run.ids, 5)
-    found = passes.relative(logits, run.prefill.logits.numpy())
-    found = max(found, passes.relative(hidden, run.prefill.hidden.numpy()))
+    found = measure(logits, run.prefill.logits.numpy())
+    found = max(found, measure(hidden, run.prefill.hidden.numpy()))
     if run.drafted is None:
         return Difference(found)
     assert pair.drafter is not None
@@ -98,9 +100,7 @@ def difference(folder: Path, run: Run) -> Difference:
     logits, states = passes.draft(pair.target, pair.drafter, shared, state, fed)
     return Difference(
         found,
-        max(
-            passes.relative(logits, run.drafted.logits), passes.relative(states, run.drafted.states)
-        ),
+        max(measure(logits, run.drafted.logits), measure(states, run.drafted.states)),
     )
 
 
