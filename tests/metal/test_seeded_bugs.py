@@ -102,7 +102,7 @@ BUGS = [
     Bug("write past the end", SOFTMAX,
         "y[row * n + i]", "y[row * n + i + 1]", "out-of-bounds write", "part / total"),
     Bug("far write", SOFTMAX,
-        "y[row", "y[100000000 + row", "bad address", "part / total"),
+        "y[row", "y[(size_t(1) << 44) + row", "bad address", "part / total"),
     Bug("threadgroup array", SOFTMAX,
         "j < 4", "j < 5", "index out of bounds", "maxima[j]"),
     Bug("threadgroup read", SOFTMAX,
