@@ -64,6 +64,11 @@ class Part:
         """Bytes to read."""
         return self.row_bytes * sum(map(len, self.rows))
 
+    @property
+    def written_bytes(self) -> int:
+        """Bytes to write."""
+        return sum(output.nbytes for output in self.outputs)
+
     def strips(self) -> Iterator[range]:
         """Yield the rows in strips of bounded size."""
         step = max(1, STRIP_BYTES // max(1, self.row_bytes))

@@ -158,7 +158,7 @@ def _as_it_is(
         name: Change(_kept_dtype(name, plan.stored(name), plan, cast)) for name in plan.pieces
     }
     parts = tuple(_part(plan, name, change) for name, change in changes.items())
-    params, small = plan.quantization, companions(path)
+    params, small = plan.quantization, companions(path, plan.checkpoint)
     return ModelPlan(folder, source, path, config, module, plan, dtype, parts, params, small)
 
 

@@ -32,10 +32,10 @@ def open_source(path: Path) -> Checkpoint:
     return Folder(path)
 
 
-def companions(path: Path) -> dict[str, bytes]:
+def companions(path: Path, checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the files that a model is used with, by their names: tokenizer, chat template, ..."""
-    if path.suffix == ".gguf":
-        return GgufFile(path).companion_files()
+    if isinstance(checkpoint, GgufFile):
+        return checkpoint.companion_files()
     return {file.name: file.read_bytes() for file in _companions(path)}
 
 

@@ -61,7 +61,7 @@ class Shard:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(output.nbytes for part in self.parts for output in part.outputs)
+        return sum(part.written_bytes for part in self.parts)
 
 
 def shards(folder: str, parts: Iterable[Part], most_bytes: int) -> list[Shard]:
@@ -69,12 +69,11 @@ def shards(folder: str, parts: Iterable[Part], most_bytes: int) -> list[Shard]:
     files: list[list[Part]] = [[]]
     held = 0
     for part in parts:
-        size = sum(output.nbytes for output in part.outputs)
-        if held and held + size > most_bytes:
+        if held and held + part.written_bytes > most_bytes:
             files.append([])
             held = 0
         files[-1].append(part)
-        held += size
+        held += part.written_bytes
     count = len(files)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]

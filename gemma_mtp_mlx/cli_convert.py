@@ -57,11 +57,12 @@ def convert(
     converter.check_out(mlx_path)
     if upload_repo is not None:
         check_upload(upload_repo)
+    source = hub.resolve_source(hf_path)
     drafter = None if draft_hf_path == "none" else draft_hf_path
     if drafter == "auto":
-        drafter = hub.drafter_name(hub.resolve_source(hf_path))
+        drafter = hub.drafter_name(source)
     plans = converter.prepare(
-        hf_path,
+        str(source),  # the hub is asked once
         draft_source=drafter,
         quantization=quantization,
         rules=rules,

@@ -181,7 +181,7 @@ def test_an_interrupt_before_a_file_is_finished_leaves_nothing(
 def test_a_full_disk_is_named_and_what_was_finished_is_kept(
     tmp_path: Path, pair: tuple[str, str]
 ) -> None:
-    """A file system of a megabyte, where root may mount one; elsewhere a limit on file sizes."""
+    """On a file system of a megabyte, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
