@@ -17,12 +17,8 @@ STAMP := .venv/installed-$(shell { pwd; find gemma_mtp_mlx/ convert/ -type f ! -
 demo: $(STAMP)
 	@$(BIN)/python -m bench.demo
 
-# Kernels run as native code: in processes of their own, so that what one of them might break is theirs.
-# pytest ends with 5 where ARGS leave it no test.
-NATIVE = tests/kernels tests/metal
 test: $(STAMP)
-	$(BIN)/pytest -n auto --dist worksteal $(NATIVE:%=--ignore=%) $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
-	$(BIN)/pytest -n auto --dist worksteal $(NATIVE) $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 metal: $(STAMP)
 	@$(BIN)/python -c 'import mlx.core as mx, sys; mx.metal.is_available() or sys.exit("make metal needs a Mac with an Apple GPU; make test executes the kernels on Linux")'

@@ -30,6 +30,7 @@ _COMMON = [
     "-fno-delete-null-pointer-checks",
     "-fno-finite-loops",
     "-ferror-limit=10",
+    "-fstack-clash-protection",  # a frame larger than the page behind a stack touches that page
 ]
 # One rounding for each operation, as the kernel's text has it.
 _ARITHMETIC = [
