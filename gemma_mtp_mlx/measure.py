@@ -18,7 +18,7 @@ from gemma_mtp_mlx.api import Pair
 from gemma_mtp_mlx.report import Totals
 from gemma_mtp_mlx.sampling import SamplingParams
 
-WARM_UP = 32  # tokens per row, at each depth, that do not count
+WARM_UP = 32  # tokens per row, at each depth, that do not count, after as many of the prompt
 Progress = Callable[[int, int], None]  # tokens done, of how many
 
 
@@ -106,13 +106,13 @@ def measure(
             f"context is {context}; measure fewer tokens"
         )
     endless = pair.endless()
-    warm_up = min(WARM_UP, max_tokens)
+    warm_up, begins = min(WARM_UP, max_tokens), [prompt[:WARM_UP] for prompt in ids]
     done, total = 0, rows * len(depths) * (warm_up + repeats * max_tokens)
     runs: dict[int | None, list[_Run]] = {depth: [] for depth in depths}
     for repeat in range(repeats + 1):
         length = max_tokens if repeat else warm_up
         for depth in depths if repeat % 2 else reversed(depths):
-            run = _run(endless, ids, depth, length)
+            run = _run(endless, ids if repeat else begins, depth, length)
             if repeat:
                 runs[depth].append(run)
             done += rows * length

@@ -20,7 +20,7 @@ LEVELS = [
     {"inspection", "verification", "measure"},
     {"report"},
     {"batch"},
-    {"lines", "convert"},
+    {"lines", "convert", "machine"},
     {"__init__"},
     {"api", "async_session", "prompt_kinds"},
     {"session", "hub_cache"},

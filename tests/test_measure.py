@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma_mtp_mlx import Pair, SamplingParams, hub, load, measure, prompt_kinds
+from gemma_mtp_mlx import Pair, SamplingParams, hub, load, machine, measure, prompt_kinds
 from gemma_mtp_mlx.measure import Spread
 from gemma_mtp_mlx.report import Totals
 
@@ -123,3 +123,15 @@ def test_a_pair_without_a_drafter_has_one_depth(pair: Pair) -> None:
 def test_what_cannot_be_measured_is_said(pair: Pair, rows: int, more: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         measure.measure(pair, "chat", rows, **more)
+
+
+def test_a_mac_says_how_many_cores_its_gpu_has() -> None:
+    assert machine.gpu_cores('  | |   "gpu-core-count" = 40\n  | |   "model" = "x"') == 40
+    assert machine.gpu_cores("") is None
+
+
+def test_a_machine_in_words() -> None:
+    here = machine.facts()
+    assert here.cores >= 1 and here.memory_gb > 0.1 and here.processor
+    assert not here.apple_gpu and "MLX on the CPU" in here.line()
+    assert set(machine.versions()) == {"mlx-gemma-mtp", "mlx", "mlx-lm"}
