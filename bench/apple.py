@@ -18,10 +18,9 @@ from bench.peers.figures import markdown
 ROOT = Path(__file__).parents[1]
 RESULTS, README = Path("bench/results"), Path("README.md")
 BEGIN, END = "<!-- apple results: python -m bench.apple -->", "<!-- end -->"
-NONE = (
-    "There are none yet. `mlx-gemma-mtp report` measures a pair on your Mac and writes a folder with "
-    "the\nfigures, plots and a page, which does not say whose Mac it is: please attach it to an issue."
-)
+NONE = """\
+There are none yet. `mlx-gemma-mtp report` measures a pair on your Mac and writes a folder with the
+figures, plots and a page, which does not say whose Mac it is: please attach it to an issue."""
 HEAD = ["chip", "model", "prompts", "rows", "plain", "best fixed", "auto", "auto / plain", "report"]
 SAYS = (
     "Measured, in tokens per second of all rows once every row has its first token, medians of "

@@ -9,7 +9,7 @@ import pytest
 from bench import apple
 from gemma_mtp_mlx.machine import Machine
 from gemma_mtp_mlx.report_record import as_json
-from tests.test_report_folder import made_report
+from tests.test_report_folder import made_report, made_speed
 
 MARKED = f"before\n{apple.BEGIN}\nold\n{apple.END}\nafter\n"
 README = Path(__file__).parents[1] / "README.md"
@@ -23,6 +23,9 @@ def _give(root: Path, name: str, text: str) -> None:
 
 def test_reports_of_apple_gpus_make_the_table(tmp_path: Path) -> None:
     made = made_report()  # of a machine that does not exist
+    plain, two, auto = made.measured[0].speeds
+    speeds = (plain, made_speed(1, 15.0), two, made_speed(4, 19.0), auto)
+    made = replace(made, measured=tuple(replace(each, speeds=speeds) for each in made.measured))
     cpu = replace(made, machine=replace(made.machine, gpu=None, gpu_cores=None))
     other = Machine("Linux x86_64", "AMD", 2, 25.0, "3.12.1", "NVIDIA", None)
     _give(tmp_path, "fixture-m4", as_json(made))
@@ -31,7 +34,7 @@ def test_reports_of_apple_gpus_make_the_table(tmp_path: Path) -> None:
     filled = apple.filled(MARKED, tmp_path)
     assert filled.startswith("before\n") and filled.endswith(f"{apple.END}\nafter\n")
     assert "old" not in filled and "Measured" in filled
-    rows = [line for line in filled.splitlines() if line.startswith("| Apple")]
+    rows = [line for line in filled.splitlines() if line.startswith("| ")][2:]
     link = "[2026-11-26](bench/results/fixture-m4/README.md)"
     chip = "Apple M4 Max, 40 GPU cores, 68.7 GB"
     of = "google/gemma-4-31B-it, 4.6 bits | code"
