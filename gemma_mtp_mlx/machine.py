@@ -77,7 +77,7 @@ def _processor() -> str:
         return _ask("sysctl", "-n", "machdep.cpu.brand_string").strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _ask(*command: str) -> str:

@@ -1,5 +1,6 @@
 """A report's folder: report.json, the page and the plots, complete or not there at all."""
 
+import os
 import re
 import shutil
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ def check(out: Path) -> None:
         raise ValueError(f"{out} exists; remove it or choose another folder with --out")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out.parent} cannot be written to; choose another folder with --out")
 
 
 def write(report: Report, out: Path, *models: Path) -> None:
@@ -52,7 +55,7 @@ def write(report: Report, out: Path, *models: Path) -> None:
     try:
         (part / FILE).write_text(without_paths(as_json(report), *models) + "\n", "utf-8")
         (part / PAGE).write_text(without_paths(page(report), *models), "utf-8")
-        note = without_paths(f"{report.target.name}; {report.machine.line()}", *models)
+        note = without_paths(f"{report.target.name}\n{report.machine.line()}", *models)
         report_plots.plot_throughput(report.measured, part / THROUGHPUT, note)
         if deepest(report.measured):
             report_plots.plot_acceptance(report.measured, part / ACCEPTANCE, note)

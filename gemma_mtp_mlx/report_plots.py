@@ -73,7 +73,7 @@ def _colour(depth: int | None, number: int, count: int) -> Any:
 
 def plot_acceptance(measured: Sequence[Measured], file: Path, note: str) -> None:
     """Draw the share of rounds that kept each draft, a line per kind."""
-    figure, axis = plt.subplots(figsize=(6.8, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.8, 5.0), layout="constrained")
     for number, (each, speed) in enumerate(deepest(measured)):
         shares = [count / speed.rounds for count in speed.accepted_per_position]
         label = f"{each.kind} ({speed.rounds} rounds, {each.rows} rows)"
@@ -84,7 +84,7 @@ def plot_acceptance(measured: Sequence[Measured], file: Path, note: str) -> None
     axis.set_ylabel("share of rounds that kept it (0 to 1)")
     axis.set_title(f"Measured: drafts kept, by position; greedy\n{note}", fontsize=9)
     axis.grid(alpha=0.3)
-    axis.legend(title="prompts")
+    figure.legend(loc="outside lower center", ncols=2, title="prompts")
     _save(figure, file)
 
 
