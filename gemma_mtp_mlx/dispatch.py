@@ -20,14 +20,14 @@ BASE, MAX, ULTRA = "g", "s", "d"  # what an architecture's name ends in: base; P
 
 
 @dataclass(frozen=True, slots=True)
-class Chip:
+class Gpu:
     """A GPU as MLX tells them apart: generation 13 is M1, 17 is M5. Source: device 587-600."""
 
     generation: int
     size: str
 
     @classmethod
-    def parse(cls, architecture: str) -> "Chip":
+    def parse(cls, architecture: str) -> "Gpu":
         """Read what `mx.device_info()` calls the architecture, as in applegpu_g16s."""
         found = re.fullmatch(r"applegpu_g(\d\d)([gsdpc])", architecture)
         if found is None:
@@ -40,27 +40,34 @@ class Chip:
         return self.generation >= 17
 
 
-CHIPS = {
-    f"M{number}{suffix}": Chip(12 + number, size)
-    for number in range(1, 6)
-    for suffix, size in (("", BASE), (" Pro", MAX), (" Max", MAX), (" Ultra", ULTRA))
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """An affine quantised [out_width, in_width] matrix with a 16-bit scale and bias per group."""
+    """A [out_width, in_width] matrix, quantised as mx.quantize does it; 16 bits and more are plain.
+
+    Affine has a 16-bit scale and bias per group, the floating-point modes a scale of one byte.
+    """
 
     out_width: int
     in_width: int
     bits: int = 4
     group: int = 64
+    mode: str = "affine"
+
+    @property
+    def count(self) -> int:
+        """How many weights."""
+        return self.out_width * self.in_width
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are not quantised."""
+        return self.bits >= 16
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and biases."""
-        size = self.out_width * self.in_width
-        return size * self.bits // 8 + 4 * (size // self.group)
+        scales = 0 if self.plain else (4 if self.mode == "affine" else 1)
+        return self.count * self.bits // 8 + scales * (self.count // self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ _LIMITS = {
 }
 
 
-def row_limit(chip: Chip, weights: Weights) -> int:
+def row_limit(chip: Gpu, weights: Weights) -> int:
     """Rows from which on MLX multiplies by quantised weights with GEMM tiles."""
     if chip.size == ULTRA:
         kind = "Ultra"
@@ -120,13 +127,17 @@ def is_fast(weights: Weights) -> bool:
     return weights.out_width % 8 == 0 and weights.in_width % packed == 0
 
 
-def quantized_matmul(chip: Chip, weights: Weights, rows: int) -> Call:
-    """[rows, in_width] times transposed 2-D weights. Source: quantized 1739-1835."""
+def quantized_matmul(chip: Gpu, weights: Weights, rows: int, *, wide: bool = True) -> Call:
+    """[rows, in_width] times transposed 2-D weights. Source: quantized 1739-1835.
+
+    wide: whether MLX has qmv_wide, which came with 0.32.0 (ml-explore/mlx 3764).
+    """
     if rows >= row_limit(chip, weights):
         return _gemm(chip, weights, rows)
     if weights.in_width in (64, 128) and weights.bits in (2, 4, 8):
         kernel, passes = "qmv_quad", rows
-    elif rows >= 2 and chip.generation >= 15:  # use_qmv_wide, quantized 538
+    elif wide and rows >= 2 and (chip.generation >= 15 or weights.mode != "affine"):
+        # use_qmv_wide, quantized 538
         kernel, passes = "qmv_wide", ceil(rows / 5)  # at most five rows a threadgroup, 559-564
     else:
         kernel, passes = "qmv_fast" if is_fast(weights) else "qmv", rows
@@ -146,7 +157,7 @@ def split_k(weights: Weights, rows: int) -> int:
     return parts
 
 
-def _gemm(chip: Chip, weights: Weights, rows: int) -> Call:
+def _gemm(chip: Gpu, weights: Weights, rows: int) -> Call:
     """qmm_splitk, quantized 1120-1234, and qmm, 1024-1115; tensor units only without a split."""
     parts = split_k(weights, rows)
     if parts > 1:
@@ -160,7 +171,7 @@ def _gemm(chip: Chip, weights: Weights, rows: int) -> Call:
     return Call("qmm", 1, passes, passes * weights.nbytes)
 
 
-def gather_qmm(chip: Chip, weights: Weights, experts: int, tokens: int, chosen: int) -> Call:
+def gather_qmm(chip: Gpu, weights: Weights, experts: int, tokens: int, chosen: int) -> Call:
     """`chosen` experts for each token, as mlx_lm calls it: sorted by expert from 64 pairs on.
 
     weights: one expert's. passes counts experts read, one per pair of token and expert as long as
@@ -197,7 +208,7 @@ def is_fused(heads: Heads, length: int, keys: int, *, mask: bool = False) -> boo
 
 
 def attention(
-    chip: Chip, heads: Heads, rows: int, length: int, keys: int, *, mask: str | None = None
+    chip: Gpu, heads: Heads, rows: int, length: int, keys: int, *, mask: str | None = None
 ) -> Call:
     """`length` positions per row over `keys` keys; mask: None, "causal" or "array" (booleans).
 
@@ -223,13 +234,13 @@ def attention(
     return Call("unfused", launches, heads.sharing, heads.sharing * stored, 2 * trips * scores)
 
 
-def is_two_pass(chip: Chip, heads: Heads, keys: int) -> bool:
+def is_two_pass(chip: Gpu, heads: Heads, keys: int) -> bool:
     """Whether fused attention splits the keys over threadgroups. Source: attention 873-877."""
     large = chip.size in (MAX, ULTRA)
     return (large and keys >= 1024) or (heads.sharing > 1 and keys >= 4096)
 
 
-def _blocks(chip: Chip, heads: Heads, length: int, keys: int) -> int:
+def _blocks(chip: Gpu, heads: Heads, length: int, keys: int) -> int:
     """Parts that the keys are split into. Source: attention 485-518."""
     together = heads.sharing * length
     if chip.size == MAX:
