@@ -171,6 +171,33 @@ def _gemm(chip: Gpu, weights: Weights, rows: int) -> Call:
     return Call("qmm", 1, passes, passes * weights.nbytes)
 
 
+def plain_matmul(chip: Gpu, weights: Weights, rows: int, *, wide: bool = True) -> Call:
+    """[rows, in_width] times transposed 16-bit 2-D weights; passes as in quantized_matmul.
+
+    wide: whether MLX has gemv_wide for up to 15 rows, which came with 0.32. Source:
+    mlx/backend/metal/matmul.cpp 86-160 (tiles of 64 rows), 620-640 (16, if sums are split), 895-975.
+    """
+    if rows == 1:
+        return Call("gemv", 1, 1, weights.nbytes)
+    if wide and chip.generation >= 15 and rows <= 15:
+        return Call("gemv_wide", 1, 1, weights.nbytes)
+    if splits_sums(chip, rows, weights.out_width, weights.in_width):
+        partial_bytes = 2 * 4 * 16 * rows * weights.out_width
+        return Call("gemm_splitk", 2, ceil(rows / 16), weights.nbytes, partial_bytes)
+    name = "gemm_nax" if chip.tensor_units else "gemm"
+    return Call(name, 1, ceil(rows / 64), weights.nbytes)
+
+
+def splits_sums(chip: Gpu, rows: int, out_width: int, in_width: int) -> bool:
+    """Whether a plain GEMM splits its sums, for want of tiles. Source: matmul.cpp 1451-1590."""
+    widest = max(rows, out_width)
+    if chip.tensor_units:
+        return in_width >= 3 * widest or (widest <= 1024 and in_width > 2 * widest)
+    most = 1024 if chip.size == BASE else 2048
+    tiles = ceil(rows / 16) * ceil(out_width / 16)
+    return tiles <= most and in_width >= 128 and in_width >= widest
+
+
 def gather_qmm(chip: Gpu, weights: Weights, experts: int, tokens: int, chosen: int) -> Call:
     """`chosen` experts for each token, as mlx_lm calls it: sorted by expert from 64 pairs on.
 
@@ -214,8 +241,9 @@ def attention(
 
     Fused, every query head at every position reads its keys and values itself; with more than one
     row an array is first copied for every head (attention 859-867). Unfused, every query head
-    multiplies by itself, and scores are written, masked, normalised and read back one by one.
-    Source: attention 454-620, 868-881; mlx/fast.cpp 718-790.
+    multiplies by itself, but if all share the keys of one row: then they are rows of one GEMM. Scores
+    are written, masked, normalised and read back one by one.
+    Source: attention 454-620, 868-881; mlx/fast.cpp 718-790; matmul.cpp, Matmul::eval_gpu.
     """
     stored = rows * heads.kv * keys * heads.dim * 2 * 2
     scores = rows * heads.queries * length * keys
@@ -231,7 +259,13 @@ def attention(
         return Call(name, launches, passes, passes * stored, extra)
     trips = 4 if mask is None else 6  # 16-bit scores: matmul, mask, softmax, matmul
     launches = {None: 4, "array": 5, "causal": 8}[mask]  # q * scale first; causal makes its mask
-    return Call("unfused", launches, heads.sharing, heads.sharing * stored, 2 * trips * scores)
+    passes = 1 if is_merged(heads, rows) else heads.sharing
+    return Call("unfused", launches, passes, passes * stored, 2 * trips * scores)
+
+
+def is_merged(heads: Heads, rows: int) -> bool:
+    """Whether unfused attention of all query heads is one GEMM."""
+    return heads.kv == 1 and rows == 1
 
 
 def is_two_pass(chip: Gpu, heads: Heads, keys: int) -> bool:

@@ -21,16 +21,22 @@ MLX, OURS = "mlx", "ours"
 FEW = 4  # positions that our kernels take one by one; more are tiles of TILE. kernels/weights.py
 TILE = 8
 OWN_TILES = 16  # positions that our kernels load weights for once
-MLX_TILE = 32  # rows of MLX's GEMMs for quantised weights; 16 for plain ones
+# Rows of a tile of MLX's GEMMs, all of which are computed. dispatch.py has the sources.
+_TILES = {"qmm": 32, "qmm_splitk": 32, "qmm_nax": 32}
+_TILES |= {"gemm": 64, "gemm_nax": 64, "gemm_splitk": 16}
+SCORES_TILE = 64  # of those that attend
+# Multiplications a key takes one lane of 32 beside those with its entries: a sum over lanes, softmax.
+PER_KEY = 13
 
 
 class Step(NamedTuple):
-    """nbytes: from memory. Operations (two a multiplication): on vector units, of decoding weights
-    there if decoding one cost as much as a multiplication, on matrix units."""
+    """nbytes: from memory. Operations (two a multiplication): on vector units; decoding weights, if
+    that cost as much as multiplying by one, affine ones and floating-point ones; on matrix units."""
 
     nbytes: float
     vector: float = 0.0
     decode: float = 0.0
+    decode_fp: float = 0.0
     matrix: float = 0.0
 
 
@@ -127,8 +133,8 @@ def drafting_round(
         return work
     steps = list(work.steps)
     if runtime.heads_apart and rows == 1 and outline.target.head is not None:
-        steps.remove(_matmul(outline.target.head, 1, k + 1, chip, runtime))
-        one = _matmul(outline.target.head, 1, 1, chip, runtime)
+        steps.remove(matmul(outline.target.head, 1, k + 1, chip, runtime))
+        one = matmul(outline.target.head, 1, 1, chip, runtime)
         steps.append(Step(*(kept * number for number in one)))
     each = draft(outline, chip, runtime, rows, context)
     steps += [Step(*(k * number for number in one)) for one in each.steps]
@@ -139,9 +145,9 @@ def _part(part: Part, chip: Chip, runtime: Runtime, step: Pass) -> Iterator[Step
     """Yield the matrices of a target or drafter, its experts, and the rest of what it reads."""
     tokens = step.tokens
     for weights, number in part.matrices:
-        yield _matmul(weights, number, tokens, chip, runtime)
+        yield matmul(weights, number, tokens, chip, runtime)
     if part.head is not None:
-        yield _matmul(part.head, 1, tokens, chip, runtime)
+        yield matmul(part.head, 1, tokens, chip, runtime)
     reads = part.reads
     rest = part.other_bytes + tokens * reads.token_bytes
     if not part.experts:
@@ -153,27 +159,39 @@ def _part(part: Part, chip: Chip, runtime: Runtime, step: Pass) -> Iterator[Step
         yield _experts(weights, number, reads, tokens, runtime)
 
 
-def _matmul(weights: Weights, number: int, rows: int, chip: Chip, runtime: Runtime) -> Step:
+def matmul(weights: Weights, number: int, rows: int, chip: Chip, runtime: Runtime) -> Step:
     """Return so many alike, each times `rows` rows."""
     once, size = number * weights.nbytes, 2.0 * number * weights.count
-    decodes = 0.0 if weights.plain else size
     if runtime.kernels == OURS:
         loads = ceil(rows / OWN_TILES)
         if rows <= FEW:
-            return Step(once, size * rows, decodes)
+            return _step(weights, once, size, vector=rows, decodes=1)
         padded = TILE * ceil(rows / TILE)
-        return Step(once * loads, 0.0, decodes * loads, size * padded)
-    if weights.plain:
-        if rows == 1:
-            return Step(once, size)
-        return Step(once, 0.0, 0.0, size * 16 * ceil(rows / 16))
-    call = dispatch.quantized_matmul(chip.gpu, weights, rows, wide=runtime.wide)
-    if call.kernel.startswith("qmm"):
-        tiles = MLX_TILE * ceil(rows / MLX_TILE)
-        share = chip.tflops / chip.matrix_tflops if call.kernel == "qmm_nax" else 1.0
-        return Step(once * call.passes + number * call.extra_bytes, 0.0, 0.0, size * tiles * share)
-    # Threadgroups that share weights run together: memory is read once, each pass decodes again.
-    return Step(once, size * rows, decodes * call.passes)
+        return _step(weights, once * loads, size, matrix=padded, decodes=loads)
+    rule = dispatch.plain_matmul if weights.plain else dispatch.quantized_matmul
+    call = rule(chip.gpu, weights, rows, wide=runtime.wide)
+    tile = _TILES.get(call.kernel)
+    if tile is None:
+        # Threadgroups that share weights run together: memory is read once, a pass decodes again.
+        return _step(weights, once, size, vector=rows, decodes=call.passes)
+    share = chip.tflops / chip.matrix_tflops if call.kernel.endswith("_nax") else 1.0
+    nbytes = once * ceil(rows / tile) + number * call.extra_bytes
+    return _step(weights, nbytes, size, matrix=share * tile * ceil(rows / tile))
+
+
+def _step(
+    weights: Weights,
+    nbytes: float,
+    size: float,
+    *,
+    vector: float = 0.0,
+    matrix: float = 0.0,
+    decodes: float = 0.0,
+) -> Step:
+    """Return a step of that many multiplications of, and decodings per, weight; size: operations."""
+    affine = 0.0 if weights.plain or weights.mode != "affine" else size * decodes
+    floating = 0.0 if weights.plain or weights.mode == "affine" else size * decodes
+    return Step(nbytes, size * vector, affine, floating, size * matrix)
 
 
 def _experts(
@@ -183,9 +201,9 @@ def _experts(
     distinct = footprint.distinct(reads.parts, reads.parts_per_token, tokens)
     pairs = tokens * reads.parts_per_token
     once, size = number * weights.nbytes * distinct, 2.0 * number * weights.count
-    decodes = 0.0 if weights.plain else size
     # MLX decodes an expert for every token that chose it, next to each other: memory sees it once.
-    return Step(once, size * pairs, decodes * (distinct if runtime.kernels == OURS else pairs))
+    decodes = distinct if runtime.kernels == OURS else pairs
+    return _step(weights, once, size, vector=pairs, decodes=decodes)
 
 
 def _attention(
@@ -205,18 +223,19 @@ def _attention(
         each = 4.0 * step.rows * seen * dim  # operations of one query head at one position
         if runtime.kernels == OURS:
             packed = TILE * ceil(heads.sharing * step.length / TILE)
-            yield Step(number * stored, 0.0, 0.0, number * each * kv * packed)
+            yield Step(number * stored, matrix=number * each * kv * packed)
             continue
         mask = None if step.tokens == 1 else ("causal" if step.rows == 1 else "array")
         call = dispatch.attention(
             chip.gpu, heads, step.rows, step.length, max(1, seen) + step.length, mask=mask
         )
-        if call.kernel == "unfused":  # every query head multiplies by itself, in tiles of 16 rows
-            nbytes = heads.sharing * stored + call.extra_bytes
-            tiles = 16 * ceil(step.length / 16) if step.length > 1 else 1
-            yield Step(number * nbytes, 0.0, 0.0, number * each * heads.queries * tiles)
+        if call.kernel == "unfused" and step.length > 1:  # each query head's GEMMs, in whole tiles
+            together = heads.queries if dispatch.is_merged(heads, step.rows) else 1
+            padded = SCORES_TILE * ceil(together * step.length / SCORES_TILE) / together
+            nbytes = call.passes * stored + call.extra_bytes
+            yield Step(number * nbytes, matrix=number * each * heads.queries * padded)
         else:
-            work = number * each * heads.queries * step.length
+            work = number * each * heads.queries * step.length * (1.5 + PER_KEY * 32 / (2 * dim))
             yield Step(number * (stored + call.extra_bytes), work)
 
 

@@ -243,7 +243,7 @@ def matmul(call: Call) -> Cost:
     if a.row_contiguous and not any(b.strides[:-2]):
         m, batch = m * batch, 1
     wide = call.chip.generation >= 15 and b.strides[-2] == 1 and m <= 15
-    splits = batch == 1 and min(m, n) > 1 and not wide and _splits(call.chip, m, n, k)
+    splits = batch == 1 and min(m, n) > 1 and not wide and dispatch.splits_sums(call.chip, m, n, k)
     return Cost(1 + splits, copies, [fresh(call.shape)])
 
 
@@ -252,14 +252,6 @@ def _readable(x: Layout, *, vector: bool) -> bool:
     if across == 1 and (not vector or down == columns):
         return True
     return down == 1 and (not vector or across == rows)
-
-
-def _splits(chip: Gpu, m: int, n: int, k: int) -> bool:
-    widest = max(m, n)
-    if chip.tensor_units:
-        return k >= 3 * widest or (widest <= 1024 and k > 2 * widest)
-    most = 1024 if chip.size == dispatch.BASE else 2048
-    return ceil(m / 16) * ceil(n / 16) <= most and k >= 128 and k >= widest
 
 
 def custom(call: Call) -> Cost:
