@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -26,7 +26,6 @@ from typing import Any
 from gemma_mtp_mlx import acceptances, outline, workload
 from gemma_mtp_mlx.chips import Chip, find
 from gemma_mtp_mlx.dispatch import Weights
-from gemma_mtp_mlx.footprint import distinct
 from gemma_mtp_mlx.outline import Outline
 from gemma_mtp_mlx.prediction import CONSTANTS, MOST, Constants, seconds
 from gemma_mtp_mlx.workload import MLX, Pass, Runtime, Work

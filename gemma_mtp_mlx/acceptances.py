@@ -8,7 +8,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of prompt. chances: of each draft, given that all before it agreed; then as the last."""
+    """A kind of prompt. chances: of each draft if all before it agreed; beyond, as the last."""
 
     chances: tuple[float, ...]
     source: str

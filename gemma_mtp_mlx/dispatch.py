@@ -8,7 +8,7 @@ result (scores, partial sums, copies of masks). Activations are not counted.
 
 Lines are those of ml-explore/mlx at 846d176, between 0.32.2 and 0.32.3; what 0.32.4 does otherwise
 is said where it matters. In mlx/backend/metal: `quantized` is quantized.cpp, `attention`
-scaled_dot_product_attention.cpp, `device` device.cpp.
+scaled_dot_product_attention.cpp, `device` device.cpp; matmul.cpp is there too.
 """
 
 import re
@@ -174,8 +174,8 @@ def _gemm(chip: Gpu, weights: Weights, rows: int) -> Call:
 def plain_matmul(chip: Gpu, weights: Weights, rows: int, *, wide: bool = True) -> Call:
     """[rows, in_width] times transposed 16-bit 2-D weights; passes as in quantized_matmul.
 
-    wide: whether MLX has gemv_wide for up to 15 rows, which came with 0.32. Source:
-    mlx/backend/metal/matmul.cpp 86-160 (tiles of 64 rows), 620-640 (16, if sums are split), 895-975.
+    wide: whether MLX reads weights once for up to 15 rows, as 0.32 does. Source: matmul.cpp 86-160
+    (tiles of 64 rows), 620-640 (16, if sums are split), 895-975.
     """
     if rows == 1:
         return Call("gemv", 1, 1, weights.nbytes)
@@ -241,8 +241,8 @@ def attention(
 
     Fused, every query head at every position reads its keys and values itself; with more than one
     row an array is first copied for every head (attention 859-867). Unfused, every query head
-    multiplies by itself, but if all share the keys of one row: then they are rows of one GEMM. Scores
-    are written, masked, normalised and read back one by one.
+    multiplies by itself, but if all share the keys of one row: then they are rows of one GEMM.
+    Scores are written, masked, normalised and read back one by one.
     Source: attention 454-620, 868-881; mlx/fast.cpp 718-790; matmul.cpp, Matmul::eval_gpu.
     """
     stored = rows * heads.kv * keys * heads.dim * 2 * 2

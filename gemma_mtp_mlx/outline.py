@@ -111,7 +111,8 @@ def of_family(family: str, bits: str, drafter_bits: str, *, uniform: bool = Fals
 def of_inspection(found: Inspection) -> Outline:
     """Return what was inspected. Raises: ValueError if that is a drafter alone."""
     if found.target is None:
-        raise ValueError("that is a drafter; predict needs its target, with --draft-model naming it")
+        assert found.drafter is not None
+        raise ValueError(f"{found.drafter.source.name} is a drafter; predict needs its target")
     target, drafter = found.target, found.drafter
     formats = f"{target.footprint.bits:.1f} bits a weight"
     own = None
@@ -213,5 +214,3 @@ def _planned(module: Target | Drafter, folder: str, recipe: Recipe) -> Plan:
             tensors[made.name] = Stored(Path(), made.dtype, made.shape)
     pieces = {name: Piece(name) for name in tensors}
     return Plan(_Headers(tensors), pieces, {}, quantization)
-
-

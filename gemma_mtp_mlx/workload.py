@@ -25,13 +25,15 @@ OWN_TILES = 16  # positions that our kernels load weights for once
 _TILES = {"qmm": 32, "qmm_splitk": 32, "qmm_nax": 32}
 _TILES |= {"gemm": 64, "gemm_nax": 64, "gemm_splitk": 16}
 SCORES_TILE = 64  # of those that attend
-# Multiplications a key takes one lane of 32 beside those with its entries: a sum over lanes, softmax.
-PER_KEY = 13
+PER_KEY = 13  # a lane's multiplications beside those with entries: sum over 32 lanes, softmax
 
 
 class Step(NamedTuple):
-    """nbytes: from memory. Operations (two a multiplication): on vector units; decoding weights, if
-    that cost as much as multiplying by one, affine ones and floating-point ones; on matrix units."""
+    """nbytes: from memory. The rest are operations, two a multiplication.
+
+    vector: on vector units; decode, decode_fp: there, if decoding an affine or a floating-point
+    weight cost as much as multiplying by it; matrix: on matrix units.
+    """
 
     nbytes: float
     vector: float = 0.0
@@ -188,7 +190,7 @@ def _step(
     matrix: float = 0.0,
     decodes: float = 0.0,
 ) -> Step:
-    """Return a step of that many multiplications of, and decodings per, weight; size: operations."""
+    """Return a step that multiplies and decodes each weight so often. size: operations of once."""
     affine = 0.0 if weights.plain or weights.mode != "affine" else size * decodes
     floating = 0.0 if weights.plain or weights.mode == "affine" else size * decodes
     return Step(nbytes, size * vector, affine, floating, size * matrix)

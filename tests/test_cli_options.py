@@ -85,6 +85,20 @@ COMMANDS = {
         "model": "required",
         "--source": None,
     },
+    "predict": {
+        "--model": "26B-A4B",
+        "--draft-model": "auto",
+        "--chip": None,
+        "--bits": None,
+        "--draft-bits": None,
+        "--batch": "1,4,8",
+        "--context": 1024,
+        "--acceptance": None,
+        "--prompts": None,
+        "--memory": None,
+        "--json": False,
+        "--plot": None,
+    },
 }
 MOST_OPTIONS = 29
 
