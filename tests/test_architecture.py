@@ -15,11 +15,15 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_convert", "cli_inspect", "cli_models", "cli_report"},
+    {"cli_convert", "cli_inspect", "cli_models", "cli_predict", "cli_report"},
     {"report_folder"},
     {"report_page", "report_plots"},
     {"report_record"},
-    {"options", "inspect_report", "progress"},
+    {"predict_plot"},
+    {"options", "inspect_report", "predict_report", "progress"},
+    {"prediction"},
+    {"workload"},
+    {"outline"},
     {"inspection", "verification", "measure"},
     {"report"},
     {"batch"},
@@ -35,10 +39,10 @@ LEVELS = [
     {"layers", "acceptance", "weights", "costs", "grid"},
     {"readers"},
     {"cache", "kernels"},
-    {"attention", "request", "tensor_names"},
+    {"attention", "request", "tensor_names", "families"},
     {"constraint", "penalties", "outcome"},
-    {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue"},
-    {"fields"},
+    {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue", "chips"},
+    {"fields", "dispatch", "acceptances"},
 ]
 # Where the names that the package itself offers are defined.
 HOMES = {"SamplingParams": "sampling", "Stats": "request", "__version__": None}
