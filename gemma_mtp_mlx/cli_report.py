@@ -47,51 +47,51 @@ def report(
     is.
     """
     rows = None if batch is None else read_rows(batch)
-    from gemma_mtp_mlx import hub, load, machine, prompt_kinds, report_folder, report_record
+    from gemma_mtp_mlx import hub, inspection, load, machine, prompt_kinds, report_folder
+    from gemma_mtp_mlx.report_prediction import predictions
+    from gemma_mtp_mlx.report_record import Report, models, public_name
 
     folder = hub.builtin() if model is None else hub.resolve(model)
     here, today = machine.facts(), date.today().isoformat()
-    name = report_record.public_name(folder)
-    target = out or Path(report_folder.default_name(here, name, today))
+    target = out or Path(report_folder.default_name(here, public_name(folder), today))
     report_folder.check(target)
     drafter = None
     if draft_model != "none":
         drafter = hub.resolve(draft_model) if draft_model else hub.drafter_for(folder)
     pair = load(folder, None if draft_model == "none" else drafter or "auto")
-    say(f"Loaded {name}", *pair.notes)
+    say(f"Loaded {public_name(folder)}", *pair.notes)
+    found = inspection.inspect(str(folder), "none" if drafter is None else str(drafter))
     usable = prompt_kinds.usable(pair.prompts)
-    rows = rows or (ROWS if here.gpu else ROWS_CPU)
     chosen = kinds.split(",") if kinds else [kind for kind in KINDS if kind in usable]
+    rows = rows or (ROWS if here.gpu else ROWS_CPU)
     before = os.getloadavg()[0]
     measured = measure_all(pair, [(kind, n) for kind in chosen for n in rows], max_tokens, repeats)
-    command = ["mlx-gemma-mtp", "report"]
-    if model is not None:
-        command += ["--model", name]
+    command = [] if model is None else ["--model", public_name(folder)]
     if draft_model is not None:
-        own = "none" if drafter is None else report_record.public_name(drafter)
-        command += ["--draft-model", own]
+        command += ["--draft-model", "none" if drafter is None else public_name(drafter)]
     command += ["--batch", ",".join(map(str, rows)), "--kinds", ",".join(chosen)]
     command += ["--max-tokens", str(max_tokens), "--repeats", str(repeats)]
-    found = report_record.Report(
+    made = Report(
         today,
-        shlex.join(command),
+        shlex.join(["mlx-gemma-mtp", "report", *command]),
         here,
         machine.versions(),
-        *report_record.models(folder, drafter),
+        *models(found, folder, drafter),
         tuple(pair.notes),
         None,
         measured,
+        predictions(here, found, measured),
         (before, os.getloadavg()[0]),
     )
-    report_folder.write(found, target, folder, *([] if drafter is None else [drafter]))
+    report_folder.write(made, target, folder, *([] if drafter is None else [drafter]))
     print(target)
     return 0
 
 
 def read_rows(text: str) -> tuple[int, ...]:
     """Return the rows that --batch names."""
-    found = text.split(",")
-    if not all(number.isdecimal() and 1 <= int(number) <= 8 for number in found):
+    found = text.replace(",", " ").split()
+    if not found or not all(number.isdecimal() and 1 <= int(number) <= 8 for number in found):
         raise ValueError(f"--batch is {text}; it must be numbers from 1 to 8, as in 1,4,8")
     return tuple(int(number) for number in dict.fromkeys(found))
 

@@ -56,7 +56,7 @@ def write(report: Report, out: Path, *models: Path) -> None:
         (part / FILE).write_text(without_paths(as_json(report), *models) + "\n", "utf-8")
         (part / PAGE).write_text(without_paths(page(report), *models), "utf-8")
         note = without_paths(f"{report.target.name}\n{report.machine.line()}", *models)
-        report_plots.plot_throughput(report.measured, part / THROUGHPUT, note)
+        report_plots.plot_throughput(report.measured, report.predicted, part / THROUGHPUT, note)
         if deepest(report.measured):
             report_plots.plot_acceptance(report.measured, part / ACCEPTANCE, note)
         part.rename(out)

@@ -3,13 +3,28 @@
 from collections.abc import Iterator, Sequence
 
 from gemma_mtp_mlx.measure import Measured, Speed, Spread, depth_name
-from gemma_mtp_mlx.report_record import ACCEPTANCE, FILE, THROUGHPUT, Model, Report, deepest
+from gemma_mtp_mlx.prediction import HELD_OUT_ERROR
+from gemma_mtp_mlx.report_record import (
+    ACCEPTANCE,
+    FILE,
+    THROUGHPUT,
+    Model,
+    Predicted,
+    Report,
+    deepest,
+)
 
 Row = Sequence[str]
 NOT_APPLE = (
     "**This is not an Apple GPU**, and what is measured here says nothing about one: a CPU takes "
     "almost M times as long to check M tokens, a GPU that waits for its memory hardly longer than "
     "for one."
+)
+PREDICTED = (
+    "What is marked **predicted** was not measured: it is what the cost model of `mlx-gemma-mtp "
+    "predict` says, from published figures of this chip and the share of drafts kept here. Its "
+    "speed-ups were off by "
+    f"{HELD_OUT_ERROR:.0%} (median) where it was compared with others' measurements."
 )
 
 
@@ -36,9 +51,12 @@ def _lines(report: Report) -> Iterator[str]:
         "EOS ignored: every row has as many tokens at every depth. Depths ran in turn; ratios are "
         "taken run by run within a repeat. Medians, with the least and the most in brackets."
     )
+    if report.predicted:
+        yield ""
+        yield PREDICTED
     for each in report.measured:
         yield ""
-        yield from _speeds(each)
+        yield from _speeds(each, report.predicted)
     yield ""
     yield f"![Speed over rows, measured]({THROUGHPUT})"
     if deepest(report.measured):
@@ -96,7 +114,7 @@ def _words(detail: object) -> str:
     return "; ".join(map(str, detail)) if isinstance(detail, list) else str(detail)
 
 
-def _speeds(each: Measured) -> Iterator[str]:
+def _speeds(each: Measured, predicted: Sequence[Predicted]) -> Iterator[str]:
     lengths = ", ".join(map(str, each.prompt_tokens))
     yield f"### {each.kind}, {each.rows} row{'s' * (each.rows > 1)}"
     yield ""
@@ -105,17 +123,23 @@ def _speeds(each: Measured) -> Iterator[str]:
         f"{each.repeats} repeats."
     )
     yield ""
-    head = (
-        *("per round", "tokens/s", "times plain", "tokens/round", "drafted/round", "kept"),
-        *("prefill tokens/s", "peak GB", "same tokens"),
-    )
-    yield from _table(head, [_speed(speed) for speed in each.speeds])
+    head = ["per round", "tokens/s", "times plain", "tokens/round", "drafted/round", "kept"]
+    head += ["prefill tokens/s", "peak GB", "same tokens"]
+    rows = [_speed(speed) for speed in each.speeds]
+    if predicted:
+        head.insert(2, "**predicted** tokens/s")
+        of = {
+            p.depth: p.tokens_per_s for p in predicted if (p.kind, p.rows) == (each.kind, each.rows)
+        }
+        for row, speed in zip(rows, each.speeds, strict=True):
+            row.insert(2, f"{of[speed.depth]:.1f}" if speed.depth in of else "-")
+    yield from _table(head, rows)
 
 
-def _speed(speed: Speed) -> Row:
+def _speed(speed: Speed) -> list[str]:
     kept = f"{speed.accepted / speed.drafted:.0%}" if speed.drafted else "-"
     differs = speed.first_difference
-    return (
+    return [
         depth_name(speed.depth),
         _spread(speed.tokens_per_s, 1),
         "-" if speed.ratio is None else _spread(speed.ratio, 2),
@@ -125,7 +149,7 @@ def _speed(speed: Speed) -> Row:
         f"{speed.prefill_per_s.median:.0f}",
         f"{speed.peak_memory_bytes / 1e9:.2f}",
         "yes" if differs is None else f"NO, from token {differs + 1} on",
-    )
+    ]
 
 
 def _acceptance(measured: Sequence[Measured]) -> Iterator[str]:

@@ -7,16 +7,19 @@ from typing import Any
 import matplotlib
 
 from gemma_mtp_mlx.measure import Measured, Spread, depth_name
-from gemma_mtp_mlx.report_record import deepest
+from gemma_mtp_mlx.report_record import Predicted, deepest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _MARKERS = "sD^vPX*"
 _DPI = 130
+_GROUP = 0.8  # width of a group of bars; groups are 1 apart
 
 
-def plot_throughput(measured: Sequence[Measured], file: Path, note: str) -> None:
+def plot_throughput(
+    measured: Sequence[Measured], predicted: Sequence[Predicted], file: Path, note: str
+) -> None:
     """Draw tokens per second by rows, and below it the ratio to plain; a column per kind."""
     kinds = list(dict.fromkeys(each.kind for each in measured))
     size = (4.8 * len(kinds) + 1.2, 7.0)
@@ -26,6 +29,7 @@ def plot_throughput(measured: Sequence[Measured], file: Path, note: str) -> None
         above, below = axes[0, column], axes[1, column]
         _bars(above, cells, [[speed.tokens_per_s for speed in cell.speeds] for cell in cells])
         _bars(below, cells, [[speed.ratio for speed in cell.speeds] for cell in cells])
+        _diamonds(above, cells, [each for each in predicted if each.kind == kind])
         above.set_title(f"prompts: {kind}")
         above.set_ylabel("tokens per second, all rows")
         below.set_ylabel("times plain decoding, run by run")
@@ -33,6 +37,8 @@ def plot_throughput(measured: Sequence[Measured], file: Path, note: str) -> None
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title="per round")
     title = "Measured: speed once every row has its first token; median, whiskers least to most"
+    if predicted:
+        title = title.replace("Measured", "Bars are measured, diamonds predicted")
     figure.suptitle(f"{title}\n{note}", fontsize=9)
     _save(figure, file)
 
@@ -40,10 +46,10 @@ def plot_throughput(measured: Sequence[Measured], file: Path, note: str) -> None
 def _bars(axis: Any, cells: Sequence[Measured], spreads: Sequence[Sequence[Spread | None]]) -> None:
     """Draw a group of bars per number of rows, one for each depth. spreads: by rows and depth."""
     depths = [speed.depth for speed in cells[0].speeds]
-    width = 0.8 / len(depths)
+    width = _GROUP / len(depths)
     for number, depth in enumerate(depths):
         there = [(place, of[number]) for place, of in enumerate(spreads) if of[number] is not None]
-        places = [place + (number - (len(depths) - 1) / 2) * width for place, _ in there]
+        places = [place + _offset(number, len(depths)) for place, _ in there]
         found = [spread for _, spread in there if spread is not None]
         whiskers = [[s.median - s.least for s in found], [s.most - s.median for s in found]]
         axis.bar(
@@ -62,6 +68,27 @@ def _bars(axis: Any, cells: Sequence[Measured], spreads: Sequence[Sequence[Sprea
     axis.set_xlabel("rows (requests at a time)")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
+
+
+def _diamonds(axis: Any, cells: Sequence[Measured], predicted: Sequence[Predicted]) -> None:
+    """Mark what is predicted on the bars of what was measured."""
+    depths = [speed.depth for speed in cells[0].speeds]
+    rows = [cell.rows for cell in cells]
+    axis.plot(
+        [rows.index(p.rows) + _offset(depths.index(p.depth), len(depths)) for p in predicted],
+        [p.tokens_per_s for p in predicted],
+        label="predicted" if predicted else None,
+        linestyle="none",
+        marker="D",
+        markersize=5,
+        color="white",
+        markeredgecolor="crimson",
+    )
+
+
+def _offset(number: int, count: int) -> float:
+    """Return how far from its group's middle a bar stands."""
+    return (number - (count - 1) / 2) * _GROUP / count
 
 
 def _colour(depth: int | None, number: int, count: int) -> Any:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp_mlx import hub, inspection
+from gemma_mtp_mlx import hub
 from gemma_mtp_mlx.checkpoint import read_json
 from gemma_mtp_mlx.footprint import drafter_size_name, size_name
-from gemma_mtp_mlx.inspection import DrafterFacts, TargetFacts
+from gemma_mtp_mlx.inspection import DrafterFacts, Inspection, TargetFacts
 from gemma_mtp_mlx.machine import Machine
 from gemma_mtp_mlx.measure import Measured, Speed
 
@@ -46,10 +46,21 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """What was not measured: tokens per second that the cost model says rounds of a depth give."""
+
+    kind: str
+    rows: int
+    depth: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """command: that makes the same report. doctor: as `doctor --json`, None if it did not run.
 
-    load_average: of one minute, before and after.
+    predicted: of what was measured, nothing for a chip whose figures are not known. load_average:
+    of one minute, before and after.
     """
 
     date: str
@@ -61,12 +72,12 @@ class Report:
     notes: tuple[str, ...]
     doctor: dict[str, Any] | None
     measured: tuple[Measured, ...]
+    predicted: tuple[Predicted, ...]
     load_average: tuple[float, float]
 
 
-def models(target: Path, drafter: Path | None) -> tuple[Model, Model | None]:
-    """Look at what is stored in the folders of a pair."""
-    found = inspection.inspect(str(target), "none" if drafter is None else str(drafter))
+def models(found: Inspection, target: Path, drafter: Path | None) -> tuple[Model, Model | None]:
+    """Return what was found in the folders of a pair."""
     assert found.target is not None
     own = _model(target, found.target, size_name(found.target.config))
     if drafter is None or found.drafter is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp_mlx import machine, report_folder, report_plots
+from gemma_mtp_mlx import inspection, machine, report_folder, report_plots, report_prediction
 from gemma_mtp_mlx.cli import main
 from gemma_mtp_mlx.measure import Measured, Speed, Spread
 from gemma_mtp_mlx.report_page import page
@@ -52,25 +52,13 @@ def made_speed(depth: int | None, tps: float, **more) -> Speed:
 def made_report(**more) -> Report:
     here = machine.Machine("macOS 26.1 arm64", "Apple M4 Max", 16, 68.7, "3.12.1", None, None)
     here = replace(here, gpu="Apple M4 Max", gpu_cores=40)
-    target = Model(
-        "google/gemma-4-31B-it", "31B", 4.6, 18 * 10**9, {"mlp": "affine 4 bits"}, "a", {}
-    )
+    formats = {"mlp": "affine 4 bits"}
+    target = Model("google/gemma-4-31B-it", "31B", 4.6, 18 * 10**9, formats, "abc", {})
     speeds = (made_speed(0, 10.0), made_speed(2, 20.0), made_speed(None, 30.0))
     measured = tuple(Measured("code", rows, (5,) * rows, 20, 3, speeds) for rows in (1, 4))
     versions = {"mlx-gemma-mtp": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
-    made = Report(
-        "2026-11-26",
-        "mlx-gemma-mtp report",
-        here,
-        versions,
-        target,
-        target,
-        (),
-        None,
-        measured,
-        (1, 2),
-    )
-    return replace(made, **more)
+    of = (here, versions, target, target, (), None, measured, (), (1.0, 2.0))
+    return replace(Report("2026-11-26", "mlx-gemma-mtp report", *of), **more)
 
 
 def test_a_report_is_a_whole_folder(written: Path) -> None:
@@ -142,6 +130,46 @@ def test_the_page_has_figures_spread_and_differences() -> None:
         if before.startswith("| ") and after.startswith("| "):
             unescaped = [line.replace("\\|", "") for line in (before, after)]
             assert unescaped[0].count("|") == unescaped[1].count("|")
+
+
+def test_what_is_predicted_is_marked_so(model: Path) -> None:
+    report = made_report()
+    found = inspection.inspect(str(model), str(model / "drafter"))
+    predicted = report_prediction.predictions(report.machine, found, report.measured)
+    assert [(p.kind, p.rows, p.depth) for p in predicted] == [
+        *(("code", 1, depth) for depth in (0, 2)),
+        *(("code", 4, depth) for depth in (0, 2)),
+    ]
+    assert all(p.tokens_per_s > 0 for p in predicted)
+    text = page(replace(report, predicted=predicted))
+    assert "**predicted** was not measured" in text
+    rows = [line.split(" | ") for line in text.splitlines() if "**predicted** tokens/s" in line]
+    assert [row.index("**predicted** tokens/s") for row in rows] == [2, 2]
+    drafted = [line for line in text.splitlines() if line.startswith("| 2 drafts")]
+    assert f"| {predicted[1].tokens_per_s:.1f} | 2.00 (" in drafted[0]
+    assert "predicted" not in page(report)
+    cpu = replace(report.machine, gpu=None, gpu_cores=None)
+    assert report_prediction.predictions(cpu, found, report.measured) == ()
+
+
+def test_a_prediction_is_for_the_acceptance_that_was_measured() -> None:
+    measured, _ = made_report().measured
+    assert report_prediction.chances(measured) == (0.8, 0.25)
+    assert report_prediction.chances(replace(measured, speeds=measured.speeds[:1])) == (0.0,)
+
+
+def test_chips_that_are_sold_with_fewer_cores_are_told_apart() -> None:
+    here = made_report().machine
+    names = [
+        report_prediction.chip_of(replace(here, gpu=gpu, gpu_cores=cores))
+        for gpu, cores in (
+            ("Apple M4 Max", 40),
+            ("Apple M4 Max", 32),
+            ("Apple M4", 8),
+            (None, None),
+        )
+    ]
+    assert [chip and chip.name for chip in names] == ["M4 Max", "M4 Max 32-core", "M4", None]
 
 
 def test_a_pair_without_a_drafter_has_no_acceptance(model: Path, tmp_path: Path) -> None:
