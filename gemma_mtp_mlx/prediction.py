@@ -34,16 +34,19 @@ class Constants:
     mxfp4, mxfp8 and nvfp4, in multiplications. launch_s: of each kernel, on top of its work.
 
     Assumed: bandwidth and matrix, shares that memory and matrix instructions or tensor units reach;
+    own_matrix: the same for few positions, as a kernel like ours was measured by others on an M4
+    Pro (mlx-dspark 0.20's README), as much less on M1 and M2 as vector_old is less than vector;
     sync_s: of each wait of the host for the device.
     """
 
-    vector: float = 0.2765625
+    vector: float = 0.276562
     vector_old: float = 0.0928125
     decode: float = 0.375
     decode_fp: float = 1.84375
     launch_s: float = 3.9375e-06
     bandwidth: float = 0.85
     matrix: float = 0.70
+    own_matrix: float = 0.55
     sync_s: float = 3e-4
 
 
@@ -60,6 +63,7 @@ def seconds(work: Work, chip: Chip, constants: Constants = CONSTANTS) -> float:
         decoding = constants.decode * step.decode + constants.decode_fp * step.decode_fp
         vector = (step.vector + decoding) / (flops * share)
         matrix = step.matrix / (flops * constants.matrix)
+        matrix += step.own / (flops * constants.own_matrix * share / constants.vector)
         total += max(step.nbytes / bytes_s, vector + matrix)
     return total
 

@@ -32,7 +32,8 @@ class Step(NamedTuple):
     """nbytes: from memory. The rest are operations, two a multiplication.
 
     vector: on vector units; decode, decode_fp: there, if decoding an affine or a floating-point
-    weight cost as much as multiplying by it; matrix: on matrix units.
+    weight cost as much as multiplying by it; matrix: on matrix units by large GEMMs; own: there by
+    kernels for few positions, ours.
     """
 
     nbytes: float
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     decode: float = 0.0
     decode_fp: float = 0.0
     matrix: float = 0.0
+    own: float = 0.0
 
 
 class Work(NamedTuple):
@@ -169,7 +171,7 @@ def matmul(weights: Weights, number: int, rows: int, chip: Chip, runtime: Runtim
         if rows <= FEW:
             return _step(weights, once, size, vector=rows, decodes=1)
         padded = TILE * ceil(rows / TILE)
-        return _step(weights, once * loads, size, matrix=padded, decodes=loads)
+        return _step(weights, once * loads, size, own=padded, decodes=loads)
     rule = dispatch.plain_matmul if weights.plain else dispatch.quantized_matmul
     call = rule(chip.gpu, weights, rows, wide=runtime.wide)
     tile = _TILES.get(call.kernel)
@@ -188,12 +190,13 @@ def _step(
     *,
     vector: float = 0.0,
     matrix: float = 0.0,
+    own: float = 0.0,
     decodes: float = 0.0,
 ) -> Step:
     """Return a step that multiplies and decodes each weight so often. size: operations of once."""
     affine = 0.0 if weights.plain or weights.mode != "affine" else size * decodes
     floating = 0.0 if weights.plain or weights.mode == "affine" else size * decodes
-    return Step(nbytes, size * vector, affine, floating, size * matrix)
+    return Step(nbytes, size * vector, affine, floating, size * matrix, size * own)
 
 
 def _experts(
@@ -203,9 +206,13 @@ def _experts(
     distinct = footprint.distinct(reads.parts, reads.parts_per_token, tokens)
     pairs = tokens * reads.parts_per_token
     once, size = number * weights.nbytes * distinct, 2.0 * number * weights.count
-    # MLX decodes an expert for every token that chose it, next to each other: memory sees it once.
-    decodes = distinct if runtime.kernels == OURS else pairs
-    return _step(weights, once, size, vector=pairs, decodes=decodes)
+    if runtime.kernels == MLX:
+        # Decoded for every token that chose it, one after the other: memory is read once.
+        return _step(weights, once, size, vector=pairs, decodes=pairs)
+    each = pairs / distinct
+    if each <= FEW:
+        return _step(weights, once, size, vector=pairs, decodes=distinct)
+    return _step(weights, once, size, own=distinct * TILE * ceil(each / TILE), decodes=distinct)
 
 
 def _attention(
@@ -225,7 +232,7 @@ def _attention(
         each = 4.0 * step.rows * seen * dim  # operations of one query head at one position
         if runtime.kernels == OURS:
             packed = TILE * ceil(heads.sharing * step.length / TILE)
-            yield Step(number * stored, matrix=number * each * kv * packed)
+            yield Step(number * stored, own=number * each * kv * packed)
             continue
         mask = None if step.tokens == 1 else ("causal" if step.rows == 1 else "array")
         call = dispatch.attention(
