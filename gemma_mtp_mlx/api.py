@@ -63,6 +63,16 @@ class Pair:
         """The tokenizer, None if the model's folder has none."""
         return self.prompts.tokenizer
 
+    def endless(self) -> "Pair":
+        """Return these models with neither tokenizer nor EOS: every text has all of its max_tokens.
+
+        For measuring. Prompts are token ids; what this pair has learnt about depths is not taken
+        along, and what the other one learns does not come back.
+        """
+        models = Models(self.target, self.drafter, self._arithmetic)
+        prompts = Prompts(self.target.config, None, frozenset())
+        return Pair(models, prompts, self.skipped, self.notes)
+
     def encode(
         self,
         prompt: Prompt,
