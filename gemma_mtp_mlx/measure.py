@@ -97,14 +97,11 @@ def measure(
     depth without a drafter, or a context that ends before max_tokens.
     """
     depths = tuple(dict.fromkeys(depths))
-    _check(pair, rows, depths, max_tokens, repeats)
-    ids = prompt_kinds.encode(kind, pair.prompts)[:rows]
-    context = pair.target.config.max_position_embeddings
-    if (longest := max(map(len, ids)) + max_tokens) > context:
-        raise ValueError(
-            f"prompts {kind!r} and {max_tokens} tokens need {longest} positions and the model's "
-            f"context is {context}; measure fewer tokens"
-        )
+    if not depths or repeats < 1:
+        raise ValueError("give at least one depth and one repeat to measure")
+    if pair.drafter is None and any(depth != 0 for depth in depths):
+        raise ValueError("this pair has no drafter; only depth 0 can be measured")
+    ids = prompts(pair, kind, rows, max_tokens)
     endless = pair.endless()
     warm_up, begins = min(WARM_UP, max_tokens), [prompt[:WARM_UP] for prompt in ids]
     done, total = 0, rows * len(depths) * (warm_up + repeats * max_tokens)
@@ -122,18 +119,30 @@ def measure(
     return Measured(kind, rows, tuple(map(len, ids)), max_tokens, repeats, speeds)
 
 
-def _check(
-    pair: Pair, rows: int, depths: Sequence[int | None], max_tokens: int, repeats: int
-) -> None:
+def prompts(pair: Pair, kind: str, rows: int, max_tokens: int) -> list[list[int]]:
+    """Return the prompts that would be measured, as token ids. Raises: ValueError as `measure`."""
     if not 1 <= rows <= prompt_kinds.COUNT:
         raise ValueError(
             f"cannot measure {rows} rows: there are {prompt_kinds.COUNT} prompts of each kind; "
             f"give 1 to {prompt_kinds.COUNT}"
         )
-    if not depths or max_tokens < 2 or repeats < 1:
-        raise ValueError("give at least one depth, 2 tokens and 1 repeat to measure")
-    if pair.drafter is None and any(depth != 0 for depth in depths):
-        raise ValueError("this pair has no drafter; only depth 0 can be measured")
+    if max_tokens < 2:
+        raise ValueError(f"cannot measure {max_tokens} tokens per row; give at least 2")
+    ids = prompt_kinds.encode(kind, pair.prompts, rows)
+    context = pair.target.config.max_position_embeddings
+    if (longest := max(map(len, ids)) + max_tokens) > context:
+        raise ValueError(
+            f"prompts {kind!r} and {max_tokens} tokens need {longest} positions and the model's "
+            f"context is {context}; measure fewer tokens"
+        )
+    return ids
+
+
+def depth_name(depth: int | None) -> str:
+    """Return a depth in words."""
+    if depth is None:
+        return "auto"
+    return "plain" if depth == 0 else f"{depth} draft{'s' * (depth > 1)}"
 
 
 def _run(pair: Pair, ids: list[list[int]], depth: int | None, max_tokens: int) -> _Run:

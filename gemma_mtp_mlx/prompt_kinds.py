@@ -35,8 +35,8 @@ def usable(prompts: Prompts) -> Sequence[str]:
     return [kind for kind in KINDS if all(isinstance(prompt, str) for prompt in read(kind))]
 
 
-def encode(kind: str, prompts: Prompts) -> list[list[int]]:
-    """Return a kind's prompts in a model's tokens.
+def encode(kind: str, prompts: Prompts, count: int = COUNT) -> list[list[int]]:
+    """Return a kind's first `count` prompts in a model's tokens.
 
     Raises: ValueError if the model has no tokenizer, or the kind needs a chat template it lacks.
     """
@@ -45,7 +45,7 @@ def encode(kind: str, prompts: Prompts) -> list[list[int]]:
             f"this model has no chat template, which the prompts {kind!r} need; put its "
             f"chat_template.jinja into its folder, or take {', '.join(usable(prompts))}"
         )
-    return [prompts.encode(prompt, template=False) for prompt in read(kind)]
+    return [prompts.encode(prompt, template=False) for prompt in read(kind)[:count]]
 
 
 def _tokenizer(prompts: Prompts) -> Any:

@@ -15,7 +15,10 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_convert", "cli_inspect", "cli_models"},
+    {"cli_convert", "cli_inspect", "cli_models", "cli_report"},
+    {"report_folder"},
+    {"report_page", "report_plots"},
+    {"report_record"},
     {"options", "inspect_report", "progress"},
     {"inspection", "verification", "measure"},
     {"report"},

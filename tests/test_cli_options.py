@@ -85,6 +85,15 @@ COMMANDS = {
         "model": "required",
         "--source": None,
     },
+    "report": {
+        "--model": None,
+        "--draft-model": None,
+        "--out": None,
+        "--batch": None,
+        "--kinds": None,
+        "--max-tokens -m": 64,
+        "--repeats": 3,
+    },
 }
 MOST_OPTIONS = 29
 

@@ -1,0 +1,245 @@
+"""The report: a folder that is complete or not there, says what was measured, and not by whom."""
+
+import json
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemma_mtp_mlx import machine, report_folder, report_plots
+from gemma_mtp_mlx.cli import main
+from gemma_mtp_mlx.measure import Measured, Speed, Spread
+from gemma_mtp_mlx.report_page import page
+from gemma_mtp_mlx.report_record import Model, Report, public_name, without_paths
+from tests.conftest import heed_ctrl_c
+from tests.text_model import write_text_model
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SMALL = ["--kinds", "chat", "--batch", "1,2", "--max-tokens", "4", "--repeats", "1"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("somebody"))
+
+
+def _report(model: Path, *options: str) -> int:
+    return main(["report", "--model", str(model), *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "made"
+    assert _report(model, "--out", str(out)) == 0
+    return out
+
+
+def made_speed(depth: int | None, tps: float, **more) -> Speed:
+    counts = (0, 0, 0, ()) if depth == 0 else (10, 20, 10, (8, 2))
+    spread = Spread(tps, tps - 1, tps + 2)
+    ratio = Spread(tps / 10, tps / 10, tps / 10)
+    drawn = (20 if depth == 0 else 10, *counts[1:])
+    return replace(Speed(depth, spread, ratio, spread, *drawn, 2.0, 10**9, None), **more)
+
+
+def made_report(**more) -> Report:
+    here = machine.Machine("macOS 26.1 arm64", "Apple M4 Max", 16, 68.7, "3.12.1", None, None)
+    here = replace(here, gpu="Apple M4 Max", gpu_cores=40)
+    target = Model(
+        "google/gemma-4-31B-it", "31B", 4.6, 18 * 10**9, {"mlp": "affine 4 bits"}, "a", {}
+    )
+    speeds = (made_speed(0, 10.0), made_speed(2, 20.0), made_speed(None, 30.0))
+    measured = tuple(Measured("code", rows, (5,) * rows, 20, 3, speeds) for rows in (1, 4))
+    versions = {"mlx-gemma-mtp": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
+    made = Report(
+        "2026-11-26",
+        "mlx-gemma-mtp report",
+        here,
+        versions,
+        target,
+        target,
+        (),
+        None,
+        measured,
+        (1, 2),
+    )
+    return replace(made, **more)
+
+
+def test_a_report_is_a_whole_folder(written: Path) -> None:
+    names = sorted(file.name for file in written.iterdir())
+    assert names == ["README.md", "acceptance.png", "report.json", "throughput.png"]
+    assert [path.name for path in written.parent.iterdir()] == ["made"]
+    found = json.loads((written / "report.json").read_text())
+    assert found["schema"] == 1 and found["apple_gpu"] is False
+    assert [each["rows"] for each in found["measured"]] == [1, 2]
+    for each in found["measured"]:
+        assert [speed["depth"] for speed in each["speeds"]] == [0, 1, 2, 4, None]
+        assert all(speed["first_difference"] is None for speed in each["speeds"])
+        assert each["speeds"][0]["rounds"] == each["rows"] * 3
+    assert found["target"]["name"] == "target" and found["target"]["weights_bytes"] > 0
+    assert found["drafter"]["name"] == "drafter"
+    assert found["machine"]["memory_gb"] > 0 and found["versions"]["mlx"]
+    for plot in ("throughput.png", "acceptance.png"):
+        assert (written / plot).read_bytes().startswith(PNG)
+
+
+def test_a_report_says_what_it_is_and_not_whose(written: Path, model: Path) -> None:
+    text = (written / "README.md").read_text()
+    assert "This is not an Apple GPU" in text and "## Speed, measured" in text
+    options = "--model target --batch 1,2 --kinds chat --max-tokens 4 --repeats 1"
+    assert f"    mlx-gemma-mtp report {options}\n" in text
+    for plot in re.findall(r"\]\((\S+)\)", text):
+        assert (written / plot).is_file()
+    private = [str(Path.home()), str(model.parent), str(model.parent.parent), "somebody"]
+    for file in written.iterdir():
+        data = file.read_bytes()
+        assert not any(word.encode() in data for word in private), file.name
+        if len(platform.node()) > 3:
+            assert not re.search(rb"\b%b\b" % re.escape(platform.node().encode()), data)
+
+
+def test_paths_become_names(tmp_path: Path) -> None:
+    folder = tmp_path / "gemma-4-e4b"
+    folder.mkdir()
+    said = f"{folder}/config.json, /Users/ada/x, /home/ada/y and {Path.home()}/z"
+    assert without_paths(said, folder) == "gemma-4-e4b/config.json, ~/x, ~/y and ~/z"
+    record = {"source": {"name": "/Users/ada/models/gemma", "revision": None}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert public_name(folder) == "gemma"
+    (folder / "conversion.json").write_text(
+        json.dumps({"source": {"name": "google/gemma-4-E4B-it"}})
+    )
+    assert public_name(folder) == "google/gemma-4-E4B-it"
+
+
+def test_the_page_has_figures_spread_and_differences() -> None:
+    doctor = {
+        "verdict": "works",
+        "checks": [{"name": "wiring", "status": "pass", "detail": ["a | b", "c"]}],
+    }
+    report = made_report(doctor=doctor, notes=("the target was trained for another grid",))
+    odd = replace(report.measured[0].speeds[1], first_difference=6)
+    plain, _, auto = report.measured[0].speeds
+    measured = (replace(report.measured[0], speeds=(plain, odd, auto)), report.measured[1])
+    text = page(replace(report, measured=measured))
+    assert "not an Apple GPU" not in text
+    assert "| GPU | Apple M4 Max, 40 cores |" in text
+    assert "**works**" in text and "| wiring | pass | a \\| b; c |" in text
+    assert "| note | the target was trained for another grid |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| 2 drafts")]
+    assert "| 20.0 (19.0 to 22.0) | 2.00 (2.00 to 2.00) | 2.00 | 2.00 | 50% |" in rows[0]
+    assert rows[0].endswith("| NO, from token 7 on |") and rows[1].endswith("| yes |")
+    assert "| code | 0.80 | 0.20 | 2.00 | 10 |" in text
+    for before, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if before.startswith("| ") and after.startswith("| "):
+            unescaped = [line.replace("\\|", "") for line in (before, after)]
+            assert unescaped[0].count("|") == unescaped[1].count("|")
+
+
+def test_a_pair_without_a_drafter_has_no_acceptance(model: Path, tmp_path: Path) -> None:
+    assert _report(model, "--draft-model", "none", "--out", str(tmp_path / "plain")) == 0
+    found = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert found["drafter"] is None and "--draft-model none" in found["command"]
+    assert [speed["depth"] for each in found["measured"] for speed in each["speeds"]] == [0, 0]
+    assert not (tmp_path / "plain" / "acceptance.png").exists()
+    assert "kept by position" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--batch", "1,9"], "--batch is 1,9; it must be numbers from 1 to 8"),
+        (["--batch", "two"], "--batch is two"),
+        (["--kinds", "chat,poems"], "no prompts 'poems'"),
+        (["--max-tokens", "1"], "max-tokens"),
+        (["--max-tokens", "100000"], "context is"),
+        (["--repeats", "0"], "repeats"),
+        (["--out", "nowhere/report"], "no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_reported_is_said_at_once(
+    options: list[str],
+    says: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _report(model, *options) == 2
+    err = capsys.readouterr().err
+    assert says in err.splitlines()[-1] and "Measuring" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert _report(model, "--out", str(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path} exists; remove it or choose another" in err and "Loaded" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_matplotlib_is_asked_for_before_anything_runs(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_folder, "find_spec", lambda name: None)
+    assert _report(model, "--out", str(tmp_path / "made")) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "pip install 'mlx-gemma-mtp[plot]'" in err[0]
+
+
+def test_what_fails_while_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report_plots, "plot_acceptance", full)
+    with pytest.raises(OSError, match="No space"):
+        report_folder.write(made_report(), tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_was_killed_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / ".made.partial").mkdir()
+    (tmp_path / ".made.partial" / "old.png").touch()
+    report_folder.write(made_report(), tmp_path / "made")
+    assert len(list((tmp_path / "made").iterdir())) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_ctrl_c_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gemma_mtp_mlx", "report", "--model", str(model), *SMALL]
+    with subprocess.Popen(
+        [*command, "--repeats", "1000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    ) as run:
+        try:
+            assert run.stderr is not None
+            lines = iter(run.stderr.readline, "")
+            assert any(line.startswith("Measuring") for line in lines)
+            time.sleep(0.5)
+            run.send_signal(signal.SIGINT)
+            rest = run.stderr.read()
+            assert run.wait(timeout=60) == 130
+        finally:
+            run.kill()
+    assert rest.endswith("interrupted\n") and "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_named_after_chip_model_and_date() -> None:
+    here = made_report().machine
+    named = report_folder.default_name(here, "google/gemma-4-31B-it", "2026-11-26")
+    assert named == "mlx-gemma-mtp-report-Apple-M4-Max-google-gemma-4-31B-it-2026-11-26"
