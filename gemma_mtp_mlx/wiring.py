@@ -125,6 +125,9 @@ def _run(
         engine.submit(request)
     while engine.busy and (witness is None or len(witness.seen) < ROUNDS):
         engine.step()
+    for request in requests:
+        if request.error is not None:  # memory, most of all
+            raise request.error
     return requests
 
 
