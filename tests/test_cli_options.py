@@ -81,6 +81,11 @@ COMMANDS = {
         "--memory": None,
         "--json": False,
     },
+    "doctor": {
+        "--model": None,
+        "--draft-model": None,
+        "--json": False,
+    },
     "verify": {
         "model": "required",
         "--source": None,
