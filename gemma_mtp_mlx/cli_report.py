@@ -43,11 +43,12 @@ def report(
 ) -> int:
     """Measure a pair on this machine, and write a folder to attach to an issue or pull request.
 
-    It has speeds and acceptance as JSON, plots and a page, and nothing that says whose machine this
-    is.
+    It has what doctor finds, speeds and acceptance as JSON, plots and a page, and nothing that says
+    whose machine this is. Ends with 1 if doctor finds that something does not work.
     """
     rows = None if batch is None else read_rows(batch)
-    from gemma_mtp_mlx import hub, inspection, load, machine, prompt_kinds, report_folder
+    from gemma_mtp_mlx import hub, inspection, load, machine, measure, prompt_kinds, report_folder
+    from gemma_mtp_mlx.doctor import diagnose
     from gemma_mtp_mlx.report_prediction import predictions
     from gemma_mtp_mlx.report_record import Report, models, public_name
 
@@ -64,28 +65,33 @@ def report(
     usable = prompt_kinds.usable(pair.prompts)
     chosen = kinds.split(",") if kinds else [kind for kind in KINDS if kind in usable]
     rows = rows or (ROWS if here.gpu else ROWS_CPU)
+    cells = [(kind, n) for kind in chosen for n in rows]
+    for kind, n in cells:  # what cannot be measured is said before anything runs
+        measure.prompts(pair, kind, n, max_tokens)
     before = os.getloadavg()[0]
-    measured = measure_all(pair, [(kind, n) for kind in chosen for n in rows], max_tokens, repeats)
-    command = [] if model is None else ["--model", public_name(folder)]
+    diagnosis = diagnose(pair, say)
+    say(diagnosis.verdict)
+    measured = measure_all(pair, cells, max_tokens, repeats)
+    command = ["mlx-gemma-mtp", "report"]
+    command += [] if model is None else ["--model", public_name(folder)]
     if draft_model is not None:
         command += ["--draft-model", "none" if drafter is None else public_name(drafter)]
     command += ["--batch", ",".join(map(str, rows)), "--kinds", ",".join(chosen)]
     command += ["--max-tokens", str(max_tokens), "--repeats", str(repeats)]
     made = Report(
         today,
-        shlex.join(["mlx-gemma-mtp", "report", *command]),
+        shlex.join(command),
         here,
         machine.versions(),
         *models(found, folder, drafter),
-        tuple(pair.notes),
-        None,
+        diagnosis,
         measured,
         predictions(here, found, measured),
         (before, os.getloadavg()[0]),
     )
     report_folder.write(made, target, folder, *([] if drafter is None else [drafter]))
     print(target)
-    return 0
+    return 0 if diagnosis.passed else FAILED
 
 
 def read_rows(text: str) -> tuple[int, ...]:
@@ -103,8 +109,6 @@ def measure_all(
     from gemma_mtp_mlx import measure
 
     depths = DEPTHS if pair.drafter is not None else (0,)
-    for kind, rows in cells:  # what cannot be measured is said before anything is
-        measure.prompts(pair, kind, rows, max_tokens)
     warm_up = min(measure.WARM_UP, max_tokens)
     each = len(depths) * (warm_up + repeats * max_tokens)
     total = each * sum(rows for _, rows in cells)

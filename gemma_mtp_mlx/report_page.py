@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from gemma_mtp_mlx import doctor_report
 from gemma_mtp_mlx.measure import Measured, Speed, Spread, depth_name
 from gemma_mtp_mlx.prediction import HELD_OUT_ERROR
 from gemma_mtp_mlx.report_record import (
@@ -83,8 +84,6 @@ def _setting(report: Report) -> Iterator[Row]:
     yield "target", _described(report.target)
     yield "drafter", "none" if report.drafter is None else _described(report.drafter)
     yield "load average", "{:.1f} before, {:.1f} after".format(*report.load_average)
-    for note in report.notes:
-        yield "note", note
 
 
 def _described(model: Model) -> str:
@@ -98,20 +97,14 @@ def _described(model: Model) -> str:
 
 
 def _doctor(report: Report) -> Iterator[str]:
-    if report.doctor is None:
-        return
+    """What `doctor` prints, as it prints it, the verdict first."""
+    *found, _, verdict = doctor_report.lines(report.doctor)
     yield "## Doctor"
     yield ""
-    yield f"**{report.doctor['verdict']}**"
+    yield f"**{verdict}**"
     yield ""
-    checks = report.doctor["checks"]
-    rows = [(each["name"], each["status"], _words(each["detail"])) for each in checks]
-    yield from _table(("check", "status", "found"), rows)
+    yield from (f"    {line}" for line in found)
     yield ""
-
-
-def _words(detail: object) -> str:
-    return "; ".join(map(str, detail)) if isinstance(detail, list) else str(detail)
 
 
 def _speeds(each: Measured, predicted: Sequence[Predicted]) -> Iterator[str]:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from gemma_mtp_mlx import hub
+from gemma_mtp_mlx import doctor_report, hub
 from gemma_mtp_mlx.checkpoint import read_json
+from gemma_mtp_mlx.doctor import Diagnosis
 from gemma_mtp_mlx.footprint import drafter_size_name, size_name
 from gemma_mtp_mlx.inspection import DrafterFacts, Inspection, TargetFacts
 from gemma_mtp_mlx.machine import Machine
@@ -57,7 +57,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """command: that makes the same report. doctor: as `doctor --json`, None if it did not run.
+    """command: that makes the same report.
 
     predicted: of what was measured, nothing for a chip whose figures are not known. load_average:
     of one minute, before and after.
@@ -69,8 +69,7 @@ class Report:
     versions: dict[str, str]
     target: Model
     drafter: Model | None
-    notes: tuple[str, ...]
-    doctor: dict[str, Any] | None
+    doctor: Diagnosis
     measured: tuple[Measured, ...]
     predicted: tuple[Predicted, ...]
     load_average: tuple[float, float]
@@ -121,11 +120,9 @@ def deepest(measured: Sequence[Measured]) -> list[tuple[Measured, Speed]]:
 
 def as_json(report: Report) -> str:
     """Return report.json."""
-    return json.dumps(
-        {"schema": SCHEMA, "apple_gpu": report.machine.apple_gpu, **asdict(report)},
-        indent=1,
-        ensure_ascii=False,
-    )
+    found = asdict(report) | {"doctor": doctor_report.as_json(report.doctor)}
+    head = {"schema": SCHEMA, "apple_gpu": report.machine.apple_gpu}
+    return json.dumps({**head, **found}, indent=1, ensure_ascii=False)
 
 
 def without_paths(text: str, *folders: Path) -> str:

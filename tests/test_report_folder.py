@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemma_mtp_mlx import inspection, machine, report_folder, report_plots, report_prediction
+from gemma_mtp_mlx import doctor, inspection, machine, report_folder, report_plots
+from gemma_mtp_mlx import report_prediction as prediction
+from gemma_mtp_mlx.api import Pair
+from gemma_mtp_mlx.checks import Check
 from gemma_mtp_mlx.cli import main
+from gemma_mtp_mlx.doctor import Diagnosis
 from gemma_mtp_mlx.measure import Measured, Speed, Spread
 from gemma_mtp_mlx.report_page import page
 from gemma_mtp_mlx.report_record import Model, Report, public_name, without_paths
@@ -22,6 +27,8 @@ from tests.text_model import write_text_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ["--kinds", "chat", "--batch", "1,2", "--max-tokens", "4", "--repeats", "1"]
+HEALTHY = Diagnosis((Check("speed", "pass", "as it should be", ("K/V | of layer 3",)),))
+ILL = Diagnosis((Check("wiring", "fail", "it reads layer 7", remedy="use /Users/ada/another"),))
 Capture = pytest.CaptureFixture[str]
 
 
@@ -32,6 +39,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _report(model: Path, *options: str) -> int:
     return main(["report", "--model", str(model), *SMALL, *options])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def diagnosed() -> Iterator[list[Pair]]:
+    """Take the doctor's place, who has tests of his own. Returns whom he has seen."""
+    seen: list[Pair] = []
+
+    def diagnose(pair: Pair, say: doctor.Say) -> Diagnosis:
+        seen.append(pair)
+        return HEALTHY if pair.drafter is not None else ILL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "diagnose", diagnose)
+        yield seen
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +78,7 @@ def made_report(**more) -> Report:
     speeds = (made_speed(0, 10.0), made_speed(2, 20.0), made_speed(None, 30.0))
     measured = tuple(Measured("code", rows, (5,) * rows, 20, 3, speeds) for rows in (1, 4))
     versions = {"mlx-gemma-mtp": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2"}
-    of = (here, versions, target, target, (), None, measured, (), (1.0, 2.0))
+    of = (here, versions, target, target, HEALTHY, measured, (), (1.0, 2.0))
     return replace(Report("2026-11-26", "mlx-gemma-mtp report", *of), **more)
 
 
@@ -109,33 +130,28 @@ def test_paths_become_names(tmp_path: Path) -> None:
 
 
 def test_the_page_has_figures_spread_and_differences() -> None:
-    doctor = {
-        "verdict": "works",
-        "checks": [{"name": "wiring", "status": "pass", "detail": ["a | b", "c"]}],
-    }
-    report = made_report(doctor=doctor, notes=("the target was trained for another grid",))
+    report = made_report()
     odd = replace(report.measured[0].speeds[1], first_difference=6)
     plain, _, auto = report.measured[0].speeds
     measured = (replace(report.measured[0], speeds=(plain, odd, auto)), report.measured[1])
     text = page(replace(report, measured=measured))
     assert "not an Apple GPU" not in text
     assert "| GPU | Apple M4 Max, 40 cores |" in text
-    assert "**works**" in text and "| wiring | pass | a \\| b; c |" in text
-    assert "| note | the target was trained for another grid |" in text
+    assert "\n**It works: as it should be**\n" in text
+    assert "\n    pass  speed       as it should be\n" in text and "K/V | of layer 3" in text
     rows = [line for line in text.splitlines() if line.startswith("| 2 drafts")]
     assert "| 20.0 (19.0 to 22.0) | 2.00 (2.00 to 2.00) | 2.00 | 2.00 | 50% |" in rows[0]
     assert rows[0].endswith("| NO, from token 7 on |") and rows[1].endswith("| yes |")
     assert "| code | 0.80 | 0.20 | 2.00 | 10 |" in text
     for before, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if before.startswith("| ") and after.startswith("| "):
-            unescaped = [line.replace("\\|", "") for line in (before, after)]
-            assert unescaped[0].count("|") == unescaped[1].count("|")
+            assert before.count("|") == after.count("|")
 
 
 def test_what_is_predicted_is_marked_so(model: Path) -> None:
     report = made_report()
     found = inspection.inspect(str(model), str(model / "drafter"))
-    predicted = report_prediction.predictions(report.machine, found, report.measured)
+    predicted = prediction.predictions(report.machine, found, report.measured)
     assert [(p.kind, p.rows, p.depth) for p in predicted] == [
         *(("code", 1, depth) for depth in (0, 2)),
         *(("code", 4, depth) for depth in (0, 2)),
@@ -149,19 +165,19 @@ def test_what_is_predicted_is_marked_so(model: Path) -> None:
     assert f"| {predicted[1].tokens_per_s:.1f} | 2.00 (" in drafted[0]
     assert "predicted" not in page(report)
     cpu = replace(report.machine, gpu=None, gpu_cores=None)
-    assert report_prediction.predictions(cpu, found, report.measured) == ()
+    assert prediction.predictions(cpu, found, report.measured) == ()
 
 
 def test_a_prediction_is_for_the_acceptance_that_was_measured() -> None:
     measured, _ = made_report().measured
-    assert report_prediction.chances(measured) == (0.8, 0.25)
-    assert report_prediction.chances(replace(measured, speeds=measured.speeds[:1])) == (0.0,)
+    assert prediction.chances(measured) == (0.8, 0.25)
+    assert prediction.chances(replace(measured, speeds=measured.speeds[:1])) == (0.0,)
 
 
 def test_chips_that_are_sold_with_fewer_cores_are_told_apart() -> None:
     here = made_report().machine
     names = [
-        report_prediction.chip_of(replace(here, gpu=gpu, gpu_cores=cores))
+        prediction.chip_of(replace(here, gpu=gpu, gpu_cores=cores))
         for gpu, cores in (
             ("Apple M4 Max", 40),
             ("Apple M4 Max", 32),
@@ -172,8 +188,23 @@ def test_chips_that_are_sold_with_fewer_cores_are_told_apart() -> None:
     assert [chip and chip.name for chip in names] == ["M4 Max", "M4 Max 32-core", "M4", None]
 
 
+def test_what_the_doctor_says_ends_a_report(
+    model: Path, tmp_path: Path, diagnosed: list[Pair], capsys: Capture
+) -> None:
+    out = tmp_path / "plain"
+    before = len(diagnosed)
+    assert _report(model, "--draft-model", "none", "--out", str(out)) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{out}\n" and said.err.count("Loaded") == 1
+    assert len(diagnosed) == before + 1 and diagnosed[-1].drafter is None
+    found = json.loads((out / "report.json").read_text())["doctor"]
+    assert found["passed"] is False and found["checks"][0]["remedy"] == "use ~/another"
+    verdict = "It does not work: it reads layer 7; use ~/another"
+    assert found["verdict"] == verdict and f"**{verdict}**" in (out / "README.md").read_text()
+
+
 def test_a_pair_without_a_drafter_has_no_acceptance(model: Path, tmp_path: Path) -> None:
-    assert _report(model, "--draft-model", "none", "--out", str(tmp_path / "plain")) == 0
+    assert _report(model, "--draft-model", "none", "--out", str(tmp_path / "plain")) == 1
     found = json.loads((tmp_path / "plain" / "report.json").read_text())
     assert found["drafter"] is None and "--draft-model none" in found["command"]
     assert [speed["depth"] for each in found["measured"] for speed in each["speeds"]] == [0, 0]
@@ -247,7 +278,7 @@ def test_one_that_was_killed_does_not_stand_in_the_way(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_no_folder(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gemma_mtp_mlx", "report", "--model", str(model), *SMALL]
     with subprocess.Popen(
-        [*command, "--repeats", "1000"],
+        [*command, "--repeats", "10000", "--draft-model", "none"],  # which the doctor leaves alone
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
