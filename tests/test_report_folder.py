@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp_mlx import doctor, inspection, machine, report_folder, report_plots
+from gemma_mtp_mlx import api, doctor, inspection, machine, report_folder, report_plots
 from gemma_mtp_mlx import report_prediction as prediction
 from gemma_mtp_mlx.api import Pair
 from gemma_mtp_mlx.checks import Check
@@ -189,14 +189,19 @@ def test_chips_that_are_sold_with_fewer_cores_are_told_apart() -> None:
 
 
 def test_what_the_doctor_says_ends_a_report(
-    model: Path, tmp_path: Path, diagnosed: list[Pair], capsys: Capture
+    model: Path,
+    tmp_path: Path,
+    diagnosed: list[Pair],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    loaded: list[Pair] = []
+    load = api.load
+    monkeypatch.setattr(api, "load", lambda *given: loaded.append(load(*given)) or loaded[-1])
     out = tmp_path / "plain"
-    before = len(diagnosed)
     assert _report(model, "--draft-model", "none", "--out", str(out)) == 1
-    said = capsys.readouterr()
-    assert said.out == f"{out}\n" and said.err.count("Loaded") == 1
-    assert len(diagnosed) == before + 1 and diagnosed[-1].drafter is None
+    assert capsys.readouterr().out == f"{out}\n"
+    assert len(loaded) == 1 and diagnosed[-1] is loaded[0]
     found = json.loads((out / "report.json").read_text())["doctor"]
     assert found["passed"] is False and found["checks"][0]["remedy"] == "use ~/another"
     verdict = "It does not work: it reads layer 7; use ~/another"
