@@ -1,5 +1,6 @@
 """The report: a folder that is complete or not there, says what was measured, and not by whom."""
 
+import io
 import json
 import platform
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp_mlx import api, doctor, inspection, machine, report_folder, report_plots
+from gemma_mtp_mlx import api, doctor, inspection, machine, progress, report_folder, report_plots
 from gemma_mtp_mlx import report_prediction as prediction
 from gemma_mtp_mlx.api import Pair
 from gemma_mtp_mlx.checks import Check
@@ -307,3 +308,18 @@ def test_the_folder_is_named_after_chip_model_and_date() -> None:
     here = made_report().machine
     named = report_folder.default_name(here, "google/gemma-4-31B-it", "2026-11-26")
     assert named == "mlx-gemma-mtp-report-Apple-M4-Max-google-gemma-4-31B-it-2026-11-26"
+
+
+def test_how_long_it_still_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    shown = [progress.Progress(out, unit) for unit in (" tokens", "B")]
+    for seconds, done in ((1.0, 1), (120.0, 50), (121.0, 51)):
+        now[0] = 100.0 + seconds
+        shown[0].show(done, 200)
+        shown[1].show(done * 10**9, 200 * 10**9)
+    assert out.getvalue().splitlines() == [
+        "50 of 200 tokens, 25%, about 6 min left",
+        "50.0 of 200.0 GB, 25%, about 6 min left",
+    ]
