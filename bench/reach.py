@@ -97,8 +97,9 @@ WORDS = """
 ## In words
 
 - **bfloat16, 8 rows, M5: yes, for code.** On M5 chips MLX's kernels verify many positions on tensor
-  units, and a plain step of 8 rows already reads a third of all experts, so a round costs little
-  more: 2.2x from an acceptance of .86 to .88, which is what code has. 4 rows take .90 to .92.
+  units, and a plain step of 8 rows already reads two fifths of all experts, so a round costs
+  little more: 2.2x from an acceptance of .86 to .88, which is what code has. 4 rows take .90 to
+  .92.
 - **bfloat16, M3 and M4, 4 to 8 rows: only for text that repeats itself.** It takes .91 to .95,
   between code (.86) and counting (.99).
 - **4 bits: not with 4 to 8 rows of ordinary text, on any chip.** It takes .91 to 1.00, or cannot be
