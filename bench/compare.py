@@ -31,9 +31,10 @@ from typing import Any
 
 from bench.peers import figures, machine
 from bench.peers.contenders import DEFAULT_RUNS, Contender
-from bench.peers.prompts import CATEGORIES, encode_prompts
+from bench.peers.prompts import encode_prompts
 from bench.peers.turns import ROOT, Worker, take_turns
 from gemma_mtp_mlx import hub
+from gemma_mtp_mlx.prompt_kinds import COUNT, KINDS
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None, help="a converted pair; default: the built-in one")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], choices=range(1, 9))
-    parser.add_argument("--prompts", nargs="+", default=CATEGORIES, choices=CATEGORIES)
+    parser.add_argument("--prompts", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", nargs="+", default=DEFAULT_RUNS, metavar="CONTENDER")
@@ -162,7 +163,7 @@ def measure_acceptance(
         if worker.skipped is not None:
             print(f"acceptance is skipped: {worker.skipped}")
             return {}
-        (way,) = worker.ways(len(CATEGORIES))
+        (way,) = worker.ways(COUNT)
         by_category = {
             category: worker.run(ids, args.max_tokens, way)["drafting"]
             for category, ids in prompts.items()

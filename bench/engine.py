@@ -24,8 +24,9 @@ from statistics import median
 
 import numpy as np
 
-from bench.peers.prompts import CATEGORIES, encode_prompts
+from bench.peers.prompts import encode_prompts
 from gemma_mtp_mlx import SamplingParams, hub, load
+from gemma_mtp_mlx.prompt_kinds import KINDS
 
 FIGURES = ("ttft_p50_s", "ttft_p95_s", "gap_p50_s", "gap_p95_s", "tokens_per_s")
 
@@ -90,7 +91,7 @@ class Load:
 
     def __init__(self, model: Path, args: argparse.Namespace) -> None:
         random = np.random.RandomState(7)
-        prompts = [ids for kind in CATEGORIES for ids in encode_prompts(model, kind)]
+        prompts = [ids for kind in KINDS for ids in encode_prompts(model, kind)]
         chosen = random.permutation(len(prompts))
         self.at = np.cumsum(random.exponential(1 / args.rate, args.requests)).tolist()
         self.prompts = [prompts[chosen[n % len(prompts)]] for n in range(args.requests)]
@@ -121,8 +122,7 @@ Stamps = list[list[tuple[float, int]]]  # per request: when tokens came, and how
 
 def ours(name: str, model: Path, arrivals: Load, batch: int) -> Stamps:
     """This project's session."""
-    pair = load(model)
-    pair.prompts.eos, pair.prompts.tokenizer = frozenset(), None
+    pair = load(model).endless()
     depth = None if name == "ours-auto" else int(name.removeprefix("ours-k"))
     pair.generate_batch(arrivals.prompts[:2], SamplingParams(max_tokens=16), num_draft_tokens=depth)
     positions = sum(sorted(map(len, arrivals.prompts))[-batch:]) + batch * 160

@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from bench.metal.cases import cases
-from bench.metal.models import TEXTS
 from bench.metal.place import Case, Op, Place, Work
 from gemma_mtp_mlx.device import fused
+from gemma_mtp_mlx.families import TEXTS
 
 # GB/s by the end of the device's name. Source: Apple's specifications, and Hugging Face's
 # hardware.ts (hf.js PR 1044) for the M5.

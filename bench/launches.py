@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.metal.dispatch import CHIPS, Chip
-from bench.metal.models import TEXTS, drafter_config
 from bench.metal.passes import MlxLm, Ours, Pass, Side
 from bench.metal.tally import launches
 from bench.metal.tracing import Graph
+from gemma_mtp_mlx.chips import CHIPS, find
 from gemma_mtp_mlx.config import FULL, SLIDING
+from gemma_mtp_mlx.dispatch import Gpu
+from gemma_mtp_mlx.families import TEXTS, drafter_config
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     for model in args.models:
         for length in args.lengths:
             step = Pass(args.rows, length, args.context)
-            found.append(compare(model, step, CHIPS[args.chip]))
+            found.append(compare(model, step, find(args.chip).gpu))
             print(row(found[-1]), flush=True)
     if args.kinds:
         for each in found:
@@ -66,7 +67,7 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def compare(model: str, step: Pass, chip: Chip) -> dict[str, Any]:
+def compare(model: str, step: Pass, chip: Gpu) -> dict[str, Any]:
     """Count a pass of both sides."""
     drafter = drafter_config(model)
     ours = Ours(TEXTS[model], drafter)
@@ -82,7 +83,7 @@ def compare(model: str, step: Pass, chip: Chip) -> dict[str, Any]:
 
 
 def counted(
-    side: Callable[[dict[str, Any]], Side], text: dict[str, Any], step: Pass, chip: Chip
+    side: Callable[[dict[str, Any]], Side], text: dict[str, Any], step: Pass, chip: Gpu
 ) -> dict[str, Any]:
     """Count one side: launches of a pass, the mean of its layers, and each kind by kernel."""
     kinds, total = {}, 0
@@ -128,7 +129,7 @@ def shortened(text: dict[str, Any], own: list[str], shared: list[str]) -> dict[s
     }
 
 
-def grown(more: Sequence[Graph], less: Sequence[Graph], chip: Chip) -> "Counter[str]":
+def grown(more: Sequence[Graph], less: Sequence[Graph], chip: Gpu) -> "Counter[str]":
     """Return what the first launches beyond the second."""
     difference = sum_of(more, chip)
     difference.subtract(sum_of(less, chip))
@@ -136,7 +137,7 @@ def grown(more: Sequence[Graph], less: Sequence[Graph], chip: Chip) -> "Counter[
     return +difference
 
 
-def sum_of(graphs: Sequence[Graph], chip: Chip) -> "Counter[str]":
+def sum_of(graphs: Sequence[Graph], chip: Gpu) -> "Counter[str]":
     """Count several graphs."""
     return sum((launches(graph, chip) for graph in graphs), Counter())
 

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from bench.metal.cases import cases
-from bench.metal.dispatch import CHIPS, Call
-from bench.metal.models import TEXTS
 from bench.metal.place import Case, Place
+from gemma_mtp_mlx.chips import find
+from gemma_mtp_mlx.dispatch import Call
+from gemma_mtp_mlx.families import TEXTS
 from tests.metal.executor import Record, executing
 from tests.metal.toolchain import NO_COMPILER, find_compiler
 
@@ -88,7 +89,7 @@ def loads(launch: Record, case: Case) -> int:
 
 def record(case: Case, real: Case, found: Traffic) -> dict[str, Any]:
     """Return a case's figures. real: the same one without shrinking, for what MLX does."""
-    theirs = {name: summed(real.theirs(CHIPS[name])) for name in SHOWN}
+    theirs = {name: summed(real.theirs(find(name).gpu)) for name in SHOWN}
     return {
         "kernel": case.kernel,
         "where": case.what,

@@ -37,8 +37,8 @@ _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
 class Pair:
     """A target with its drafter and tokenizer. Made by `load`.
 
-    skipped: how many stored tensors of the target were not needed, by reason; notes: what speaks
-    against this pair, and what trying the kernels on this device has found, a line each. What is
+    skipped: how many stored tensors of the target were not needed, by reason; doubts: what speaks
+    against this pair; tried: what trying the kernels on this device has found; a line each. What is
     learnt about how many tokens to draft is kept from call to call.
     """
 
@@ -47,21 +47,37 @@ class Pair:
         models: Models,
         prompts: Prompts,
         skipped: dict[str, int],
-        notes: Sequence[str] = (),
+        doubts: Sequence[str] = (),
+        tried: Sequence[str] = (),
     ) -> None:
-        self.target, self.drafter, self._arithmetic = models
+        self.target, self.drafter, self.arithmetic = models
         self.prompts = prompts
         self.skipped = skipped
-        self.notes = list(notes)
+        self.doubts, self.tried = list(doubts), list(tried)
         self._depth: AutoDepth | FixedDepth = FixedDepth(0)
         if self.drafter is not None:
             prior = prior_for(self.target.config, self.drafter.config)
             self._depth = AutoDepth(prior, MAX_DRAFTS)
 
     @property
+    def notes(self) -> list[str]:
+        """What its user has to know: doubts, and what trying has found."""
+        return [*self.doubts, *self.tried]
+
+    @property
     def tokenizer(self) -> TokenizerWrapper | None:
         """The tokenizer, None if the model's folder has none."""
         return self.prompts.tokenizer
+
+    def endless(self) -> "Pair":
+        """Return these models with neither tokenizer nor EOS: every text has all of its max_tokens.
+
+        For measuring. Prompts are token ids; what this pair has learnt about depths is not taken
+        along, and what the other one learns does not come back.
+        """
+        models = Models(self.target, self.drafter, self.arithmetic)
+        prompts = Prompts(self.target.config, None, frozenset())
+        return Pair(models, prompts, self.skipped, self.doubts, self.tried)
 
     def encode(
         self,
@@ -169,7 +185,7 @@ class Pair:
                 f"num_draft_tokens is {num_draft_tokens}; it must be between 0 and {MAX_DRAFTS}"
             )
         depth = FixedDepth(num_draft_tokens) if num_draft_tokens is not None else self._depth
-        models = Models(self.target, self.drafter, self._arithmetic)
+        models = Models(self.target, self.drafter, self.arithmetic)
         return Session(models, self.prompts, depth, limits)
 
 
@@ -216,7 +232,7 @@ def load(model: str | Path, drafter: str | Path | None = "auto", *, fast: bool =
     check_formats(target)
     if assistant is not None:
         check_formats(assistant)
-    return Pair(models, prompts, plan.skipped, [*notes, *probe(models)])
+    return Pair(models, prompts, plan.skipped, notes, probe(models))
 
 
 def _tokenizer(folder: Path) -> TokenizerWrapper | None:

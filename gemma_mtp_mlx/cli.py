@@ -16,7 +16,10 @@ import typer
 
 from gemma_mtp_mlx import __version__, cli_models
 from gemma_mtp_mlx.cli_convert import convert
+from gemma_mtp_mlx.cli_doctor import doctor
 from gemma_mtp_mlx.cli_inspect import inspect, verify
+from gemma_mtp_mlx.cli_predict import predict
+from gemma_mtp_mlx.cli_report import report as report_
 from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
@@ -292,6 +295,9 @@ app.command("list")(cli_models.list_)
 app.command()(cli_models.rm)
 app.command()(inspect)
 app.command()(verify)
+app.command()(doctor)
+app.command()(predict)
+app.command("report")(report_)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

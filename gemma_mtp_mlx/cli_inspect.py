@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_mtp_mlx.options import flag, opt
+from gemma_mtp_mlx.options import MEMORY, flag, opt
 from gemma_mtp_mlx.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def inspect(
     ] = "auto",
     memory: Annotated[
         float | None,
-        opt("GB", "What MLX may use; this device's if not. A Mac gives it 2/3 to 3/4 of its own."),
+        opt("GB", f"{MEMORY} If not given: this device's."),
     ] = None,
     json: Annotated[bool, flag("Print one JSON object, sizes in bytes.", "--json")] = False,
 ) -> None:

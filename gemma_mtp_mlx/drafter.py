@@ -15,8 +15,7 @@ import mlx.nn as nn
 from gemma_mtp_mlx.config import DrafterConfig
 from gemma_mtp_mlx.kernels.centroid_head import CentroidHead, centroid_candidates, centroid_head
 from gemma_mtp_mlx.kernels.token_head import head_logits, token_head
-from gemma_mtp_mlx.layers import DecoderLayer, Stream
-from gemma_mtp_mlx.readers import SharedKV
+from gemma_mtp_mlx.layers import DecoderLayer, Reader, Stream
 from gemma_mtp_mlx.sampling import Sampling
 
 # tokens [B, 1] and hidden states [B, 1, E] -> the target's scaled embedding beside them, [B, 1, 2E]
@@ -68,7 +67,7 @@ class Drafter(nn.Module):
             self.masked_embedding = _MaskedEmbedding(config)
 
     def draft(
-        self, tokens: mx.array, hidden: mx.array, shared: SharedKV, embed: Embed, draw: Draw, k: int
+        self, tokens: mx.array, hidden: mx.array, shared: Reader, embed: Embed, draw: Draw, k: int
     ) -> mx.array:
         """Propose k tokens per row.
 
@@ -82,7 +81,7 @@ class Drafter(nn.Module):
             drafts.append(tokens)
         return mx.stack(drafts, axis=1)
 
-    def step(self, fed: mx.array, shared: SharedKV) -> tuple[mx.array, mx.array]:
+    def step(self, fed: mx.array, shared: Reader) -> tuple[mx.array, mx.array]:
         """Run one step. fed: [B, 1, 2E], the token's embedding and the hidden state before it.
 
         Returns: the hidden state to draw from, [B, width], and to feed back, [B, E].

@@ -60,6 +60,7 @@ class TargetFacts:
 
     source: Source
     config: ModelConfig
+    plan: Plan
     footprint: Footprint
     dtype: mx.Dtype
     skipped: dict[str, int]
@@ -72,6 +73,7 @@ class DrafterFacts:
 
     source: Source
     config: DrafterConfig
+    plan: Plan
     footprint: Footprint
     converted_bytes: int | None
 
@@ -190,6 +192,7 @@ def _target(source: Source, *, centroid_head: bool) -> TargetFacts:
     return TargetFacts(
         source,
         config,
+        plan,
         footprint.target_footprint(config, plan),
         footprint.kv_dtype(plan),
         plan.skipped,
@@ -203,6 +206,7 @@ def _drafter(source: Source) -> DrafterFacts:
     return DrafterFacts(
         source,
         config,
+        plan,
         footprint.drafter_footprint(config, plan),
         converted_bytes(plan, DRAFTER, centroid_head=config.use_ordered_embeddings),
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+MEMORY = "What MLX may use; a Mac gives it 2/3 to 3/4 of its own."
 MOST_DRAFTS = 15  # round.MAX_DRAFTS, which takes long to import
 
 

@@ -14,8 +14,8 @@ from gemma_mtp_mlx.kernels.arithmetic import Arithmetic
 from gemma_mtp_mlx.kernels.embed_tokens import embed_tokens
 from gemma_mtp_mlx.kernels.per_layer_inputs import per_layer_inputs
 from gemma_mtp_mlx.kernels.token_head import head_logits, token_head
-from gemma_mtp_mlx.layers import DecoderLayer, Stream
-from gemma_mtp_mlx.readers import PromptReader, VerifyReader
+from gemma_mtp_mlx.layers import DecoderLayer, Reader, Stream
+from gemma_mtp_mlx.readers import PromptReader
 from gemma_mtp_mlx.sampling import Sampling
 
 
@@ -90,7 +90,7 @@ class Target(nn.Module):
         """What a drafter reads: tokens' [B, L] scaled embeddings, and beside them [B, L, E]."""
         return self.model.embed(tokens, beside)
 
-    def verify(self, tokens: mx.array, reader: VerifyReader) -> mx.array:
+    def verify(self, tokens: mx.array, reader: Reader) -> mx.array:
         """Run a block. tokens: [B, L]. Returns the hidden state after the final norm [B, L, E]."""
         stream, inputs = self.model.begin(tokens, reader.arithmetic)
         return self._run(range(len(inputs)), stream, reader, inputs).normed
@@ -117,7 +117,7 @@ class Target(nn.Module):
         self,
         layers: range,
         stream: Stream,
-        reader: VerifyReader | PromptReader,
+        reader: Reader,
         inputs: Sequence[mx.array | None],
     ) -> Stream:
         for i in layers:

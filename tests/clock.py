@@ -2,7 +2,8 @@
 
 Nothing here was measured by this project. A cost says how many milliseconds a round of B rows and K
 drafts takes: by a roofline over bytes and arithmetic, or by a published curve over the number of
-tokens in a pass. Shared by tests/test_depth.py and bench/virtual.py.
+tokens in a pass. Shared by tests/test_depth.py, bench/regret.py and bench/virtual.py. The roofline
+is cruder than the cost model of `predict`: controllers are tried on many shapes of costs.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemma_mtp_mlx.chips import find
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
 
 Cost = Callable[[int, int], float]  # rows, K -> milliseconds
@@ -20,22 +22,22 @@ MOST = 15
 class Chip:
     """Bandwidth and arithmetic, and the share of each that is reached.
 
-    Source: gbps and tflops from Hugging Face's hardware.ts (hf.js PR 1044); the M5 Max's tflops is
-    an estimate; .85 of the bandwidth and .77 (.70 on tensor units) of the arithmetic are assumed.
+    Figures are those of the package's chips; .85 of the bandwidth and .77 (.70 on tensor units) of
+    the arithmetic are assumed.
     """
 
     gbps: float
     tflops: float
-    reached: float = 0.77
+    reached: float
+
+    @classmethod
+    def named(cls, name: str) -> "Chip":
+        """Return a chip of the package's."""
+        chip = find(name)
+        return cls(chip.bandwidth_gbps, chip.matrix_tflops, 0.70 if chip.tensor_tflops else 0.77)
 
 
-CHIPS = {
-    "M1 Max": Chip(400, 10.4),
-    "M2 Ultra": Chip(800, 27.2),
-    "M3 Max": Chip(400, 14.2),
-    "M4 Max": Chip(546, 18.4),
-    "M5 Max": Chip(614, 70.0, 0.70),
-}
+CHIPS = {name: Chip.named(name) for name in ("M1 Max", "M2 Ultra", "M3 Max", "M4 Max", "M5 Max")}
 
 
 @dataclass(frozen=True, slots=True)

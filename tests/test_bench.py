@@ -11,11 +11,9 @@ from bench.peers import figures
 from bench.peers.contenders import Clock, Contender, Drafting, rates
 from bench.peers.layout import PREFIX, conditional_config, write_conditional
 from bench.peers.machine import stored_bytes
-from bench.peers.ours import link_bare
-from bench.peers.prompts import CATEGORIES, encode_prompts, read_prompts
 from bench.peers.turns import take_turns
-from gemma_mtp_mlx import SamplingParams, hub, load
-from gemma_mtp_mlx.checkpoint import read_config, read_json, stored_tensors
+from gemma_mtp_mlx import hub
+from gemma_mtp_mlx.checkpoint import read_config, stored_tensors
 from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.tensor_names import target_names
 from tests import checkpoints
@@ -147,27 +145,6 @@ def test_conditional_config_names_quantised_modules() -> None:
     modules = {"model.a": usual, "model.b": fine, "model.c": usual}
     block = conditional_config(read_config(hub.builtin()), modules)["quantization"]
     assert block == {**usual, **{PREFIX + path: params for path, params in modules.items()}}
-
-
-def test_prompts_are_eight_of_mixed_lengths() -> None:
-    for category in CATEGORIES:
-        assert len(read_prompts(category)) == 8
-        lengths = [len(ids) for ids in encode_prompts(hub.builtin(), category)]
-        assert min(lengths) >= 20 and max(lengths) <= 900
-        assert max(lengths[:4]) > 2 * min(lengths[:4])
-    with pytest.raises(ValueError, match="no prompts 'poems'"):
-        read_prompts("poems")
-
-
-def test_our_worker_has_no_end_of_sequence_and_no_tokenizer(tmp_path: Path) -> None:
-    link_bare(hub.builtin(), tmp_path)
-    pair, usual = load(tmp_path), load(hub.builtin())
-    ids = encode_prompts(hub.builtin(), "code")[2]
-    params = SamplingParams(max_tokens=4)
-    wanted = usual.generate(ids, params).tokens
-    assert pair.tokenizer is None and pair.drafter is not None
-    assert pair.generate(ids, params).tokens == wanted
-    assert read_json(tmp_path / "generation_config.json")["eos_token_id"] == []
 
 
 def test_stored_bytes_are_the_tensors_bytes() -> None:

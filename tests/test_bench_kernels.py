@@ -10,10 +10,10 @@ import pytest
 
 from bench import kernels, traffic
 from bench.kernels import bandwidth, ceiling, chain, copy_count, facts, link, result, spread
-from bench.metal.dispatch import Weights
 from bench.metal.matrices import chosen_experts, gate_up, projections
-from bench.metal.models import TEXTS, drafter_config, target_config
 from bench.metal.place import Case, Place, Work, packed
+from gemma_mtp_mlx.dispatch import Weights
+from gemma_mtp_mlx.families import TEXTS, drafter_config, target_config
 from gemma_mtp_mlx.pairing import check_pair
 from tests.metal.executor import Record, Traffic
 

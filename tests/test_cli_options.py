@@ -81,9 +81,37 @@ COMMANDS = {
         "--memory": None,
         "--json": False,
     },
+    "doctor": {
+        "--model": None,
+        "--draft-model": None,
+        "--json": False,
+    },
     "verify": {
         "model": "required",
         "--source": None,
+    },
+    "predict": {
+        "--model": "26B-A4B",
+        "--draft-model": "auto",
+        "--chip": None,
+        "--bits": None,
+        "--draft-bits": None,
+        "--batch": "1,4,8",
+        "--context": 1024,
+        "--acceptance": None,
+        "--prompts": None,
+        "--memory": None,
+        "--json": False,
+        "--plot": None,
+    },
+    "report": {
+        "--model": None,
+        "--draft-model": None,
+        "--out": None,
+        "--batch": None,
+        "--kinds": None,
+        "--max-tokens -m": 64,
+        "--repeats": 3,
     },
 }
 MOST_OPTIONS = 29

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.metal.dispatch import (
-    CHIPS,
-    Chip,
+from gemma_mtp_mlx.chips import find
+from gemma_mtp_mlx.dispatch import (
+    Gpu,
     Heads,
     Weights,
     attention,
@@ -20,19 +20,19 @@ from bench.metal.dispatch import (
     split_k,
 )
 
-M1, M3, M5 = CHIPS["M1 Max"], CHIPS["M3 Max"], CHIPS["M5 Max"]
-ULTRA = CHIPS["M3 Ultra"]
+M1, M3, M5 = find("M1 Max").gpu, find("M3 Max").gpu, find("M5 Max").gpu
+ULTRA = find("M3 Ultra").gpu
 # 31B's up projection, 26B-A4B's query projection of a sliding layer, E2B's per-layer gate.
 LARGE, MIDDLE, SMALL = Weights(21_504, 5376), Weights(4096, 2816), Weights(256, 1536)
 
 
 def test_chips_are_told_apart_by_their_architecture() -> None:
-    assert Chip.parse("applegpu_g16s") == CHIPS["M4 Pro"] == CHIPS["M4 Max"]
-    assert Chip.parse("applegpu_g13g") == CHIPS["M1"]
-    assert Chip.parse("applegpu_g15d") == CHIPS["M3 Ultra"]
-    assert [CHIPS[name].tensor_units for name in ("M4 Max", "M5")] == [False, True]
+    assert Gpu.parse("applegpu_g16s") == find("M4 Pro").gpu == find("M4 Max").gpu
+    assert Gpu.parse("applegpu_g13g") == find("M1").gpu
+    assert Gpu.parse("applegpu_g15d") == find("M3 Ultra").gpu
+    assert [find(name).gpu.tensor_units for name in ("M4 Max", "M5")] == [False, True]
     with pytest.raises(ValueError, match="x86_64"):
-        Chip.parse("x86_64")
+        Gpu.parse("x86_64")
 
 
 def test_bytes_of_weights() -> None:
@@ -45,7 +45,7 @@ def test_bytes_of_weights() -> None:
     "chip, limits",
     [(M1, (14, 10, 6)), (M3, (13, 15, 13)), (M5, (33, 25, 13)), (ULTRA, (32, 18, 12))],
 )
-def test_rows_from_which_on_tiles_are_used(chip: Chip, limits: tuple[int, int, int]) -> None:
+def test_rows_from_which_on_tiles_are_used(chip: Gpu, limits: tuple[int, int, int]) -> None:
     assert tuple(row_limit(chip, w) for w in (SMALL, MIDDLE, LARGE)) == limits
 
 
@@ -78,7 +78,7 @@ def test_widths_the_fast_kernel_takes() -> None:
         (M5, 65, "qmm_nax", 2),
     ],
 )
-def test_passes_over_a_large_matrix(chip: Chip, rows: int, kernel: str, passes: int) -> None:
+def test_passes_over_a_large_matrix(chip: Gpu, rows: int, kernel: str, passes: int) -> None:
     call = quantized_matmul(chip, LARGE, rows)
     assert (call.kernel, call.passes, call.launches) == (kernel, passes, 1)
     assert call.bytes == passes * LARGE.nbytes and not call.extra_bytes
@@ -163,7 +163,7 @@ def test_every_query_head_reads_keys_again() -> None:
 def test_keys_of_large_chips_are_split_earlier() -> None:
     heads = SLIDING["26B-A4B"]
     assert is_two_pass(M3, heads, 1024) and not is_two_pass(M3, heads, 1023)
-    assert is_two_pass(CHIPS["M3"], heads, 4096) and not is_two_pass(CHIPS["M3"], heads, 4095)
+    assert is_two_pass(find("M3").gpu, heads, 4096) and not is_two_pass(find("M3").gpu, heads, 4095)
     assert attention(M3, heads, 1, 4, 1024)[:2] == ("sdpa_vector_2pass", 2)
     # 16 heads, 4 positions, 64 parts (1024 keys) of 256 16-bit sums, a peak and a total.
     assert attention(M3, heads, 1, 4, 1024).extra_bytes == 2 * 16 * 4 * 64 * (512 + 8)

@@ -11,9 +11,6 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from bench.metal.models import TEXTS
-from bench.metal.models import drafter_config as published_drafter
-from bench.metal.models import target_config as published_target
 from gemma_mtp_mlx import footprint, load
 from gemma_mtp_mlx.cache import Cache, seat_size
 from gemma_mtp_mlx.checkpoint import Folder, Stored, read_config
@@ -22,6 +19,9 @@ from gemma_mtp_mlx.convert import Quantization
 from gemma_mtp_mlx.convert.plan import plan_drafter, plan_target
 from gemma_mtp_mlx.convert.recipe import DRAFTER, default_recipe
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.families import TEXTS
+from gemma_mtp_mlx.families import drafter_config as published_drafter
+from gemma_mtp_mlx.families import target_config as published_target
 from gemma_mtp_mlx.inspection import converted_bytes
 from gemma_mtp_mlx.memory import RESERVED, check_room
 from gemma_mtp_mlx.target import Target

@@ -17,11 +17,11 @@ import huggingface_hub.utils
 import pytest
 from mlx.utils import tree_flatten
 
-from bench.metal.models import TEXTS, target_config
 from gemma_mtp_mlx import remote
 from gemma_mtp_mlx.checkpoint import INDEX, Folder
 from gemma_mtp_mlx.cli import main
 from gemma_mtp_mlx.convert import Quantization, convert
+from gemma_mtp_mlx.families import TEXTS, target_config
 from gemma_mtp_mlx.target import Target
 from tests.checkpoints import write_assistant, write_checkpoint, write_pair
 

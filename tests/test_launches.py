@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from bench.metal import strides
-from bench.metal.dispatch import CHIPS
 from bench.metal.strides import Layout, fresh
 from bench.metal.tally import launches
 from bench.metal.tracing import empty, trace
+from gemma_mtp_mlx.chips import find
 from gemma_mtp_mlx.kernels.kernel import Kernel, Output
 
-M3 = CHIPS["M3 Max"]
+M3 = find("M3 Max").gpu
 BF16 = mx.bfloat16
 
 

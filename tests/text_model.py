@@ -16,7 +16,7 @@ OTHERS = ["\n", *(chr(code) for code in range(0x3B1, 0x3CA)), "é"]  # alpha to 
 TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-{%- if message['role'] not in ('system', 'user', 'model') -%}
+{%- if message['role'] not in ('system', 'user', 'assistant', 'model') -%}
 {{- raise_exception('unknown role ' ~ message['role']) -}}
 {%- endif -%}
 {{- '<|turn>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '<turn|>' -}}

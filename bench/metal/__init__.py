@@ -1,6 +1,6 @@
 """What bench.launches, bench.traffic and bench.kernels share.
 
-dispatch: which of its kernels MLX launches; strides, tracing, tally: launches of a traced graph;
-models, passes: the graphs that are counted; place, matrices, activations, cases: our kernels at the
-models' shapes.
+strides, tracing, tally: launches of a traced graph; passes: the graphs that are counted; place,
+matrices, activations, cases: our kernels at the models' shapes. Which kernels MLX calls, and what
+the models are, is in the package: gemma_mtp_mlx.dispatch and gemma_mtp_mlx.families.
 """

@@ -6,11 +6,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from bench.metal import dispatch
-from bench.metal.dispatch import Heads, Weights
 from bench.metal.place import ITEM, Case, Place, Work, embedding, packed, random
+from gemma_mtp_mlx import dispatch
 from gemma_mtp_mlx.attention import Kind, Rows
 from gemma_mtp_mlx.cache import ring_size, seat_size
+from gemma_mtp_mlx.dispatch import Heads, Weights
 from gemma_mtp_mlx.kernels.attention_heads import (
     Turn,
     attention_heads,

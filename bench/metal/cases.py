@@ -9,8 +9,8 @@ from bench.metal.matrices import (
     per_layer_gate,
     projections,
 )
-from bench.metal.models import drafter_config
 from bench.metal.place import Case, Place
+from gemma_mtp_mlx.families import drafter_config
 
 
 def cases(place: Place) -> list[Case]:

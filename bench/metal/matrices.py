@@ -6,10 +6,10 @@ from itertools import count
 import mlx.core as mx
 import numpy as np
 
-from bench.metal import dispatch
-from bench.metal.dispatch import Call, Chip, Weights
-from bench.metal.models import drafter_config
 from bench.metal.place import ITEM, Case, Place, Work, embedding, packed, random, sampling
+from gemma_mtp_mlx import dispatch
+from gemma_mtp_mlx.dispatch import Call, Gpu, Weights
+from gemma_mtp_mlx.families import drafter_config
 from gemma_mtp_mlx.kernels.centroid_head import (
     CentroidHead,
     centroid_head,
@@ -143,7 +143,7 @@ def head(place: Place) -> Case:
             lambda x: [token_head_reference(x, *rest)],
         )
 
-    def theirs(chip: Chip) -> list[Call]:
+    def theirs(chip: Gpu) -> list[Call]:
         # Logits: 16 bits written and read, 32 written, read by argmax.
         logits = tokens * weights.out_width * (2 + 2 + 4 + 4)
         matmul = dispatch.quantized_matmul(chip, weights, tokens)

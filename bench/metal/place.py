@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from bench.metal.dispatch import Call, Chip, Weights
-from bench.metal.models import target_config
 from gemma_mtp_mlx.config import LayerConfig, ModelConfig
+from gemma_mtp_mlx.dispatch import Call, Gpu, Weights
+from gemma_mtp_mlx.families import target_config
 from gemma_mtp_mlx.sampling import Sampling, SamplingParams, batch_sampling
 
 DTYPE = mx.bfloat16
@@ -75,7 +75,7 @@ class Case:
     stream: int
     least: int
     build: Callable[[], Work]
-    theirs: Callable[[Chip], list[Call]]
+    theirs: Callable[[Gpu], list[Call]]
 
 
 _keys = count()

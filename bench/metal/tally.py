@@ -19,10 +19,11 @@ from collections.abc import Callable
 from math import ceil, log2, prod
 from typing import NamedTuple
 
-from bench.metal import dispatch, strides
-from bench.metal.dispatch import Chip, Heads, Weights
+from bench.metal import strides
 from bench.metal.strides import Layout, fresh
 from bench.metal.tracing import COMPILED, Graph, Node
+from gemma_mtp_mlx import dispatch
+from gemma_mtp_mlx.dispatch import Gpu, Heads, Weights
 
 ELEMENTWISE = """
     Abs Add AsType BitwiseAnd BitwiseBinary BitwiseInvert BitwiseOr BitwiseXor Ceil Cos Divide Equal
@@ -51,13 +52,13 @@ class Call(NamedTuple):
     operands: list[Layout]
     shape: strides.Shape
     owned: bool
-    chip: Chip
+    chip: Gpu
 
 
 Rule = Callable[[Call], Cost]
 
 
-def launches(graph: Graph, chip: Chip) -> "Counter[str]":
+def launches(graph: Graph, chip: Gpu) -> "Counter[str]":
     """Count a GPU's launches by the name of what is launched."""
     found: Counter[str] = Counter()
     lies = {name: fresh(shape) for name, shape in graph.given.items()}
@@ -242,7 +243,7 @@ def matmul(call: Call) -> Cost:
     if a.row_contiguous and not any(b.strides[:-2]):
         m, batch = m * batch, 1
     wide = call.chip.generation >= 15 and b.strides[-2] == 1 and m <= 15
-    splits = batch == 1 and min(m, n) > 1 and not wide and _splits(call.chip, m, n, k)
+    splits = batch == 1 and min(m, n) > 1 and not wide and dispatch.splits_sums(call.chip, m, n, k)
     return Cost(1 + splits, copies, [fresh(call.shape)])
 
 
@@ -251,14 +252,6 @@ def _readable(x: Layout, *, vector: bool) -> bool:
     if across == 1 and (not vector or down == columns):
         return True
     return down == 1 and (not vector or across == rows)
-
-
-def _splits(chip: Chip, m: int, n: int, k: int) -> bool:
-    widest = max(m, n)
-    if chip.tensor_units:
-        return k >= 3 * widest or (widest <= 1024 and k > 2 * widest)
-    most = 1024 if chip.size == dispatch.BASE else 2048
-    return ceil(m / 16) * ceil(n / 16) <= most and k >= 128 and k >= widest
 
 
 def custom(call: Call) -> Cost:

@@ -28,8 +28,8 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from bench.metal.dispatch import Heads, is_fused
 from bench.metal.strides import Shape
+from gemma_mtp_mlx.dispatch import Heads, is_fused
 from gemma_mtp_mlx.kernels.kernel import Constant, Kernel, Output
 
 OWNERS = ("mlx.", "mlx_lm.", "gemma_mtp_mlx.")  # whose compiled functions are looked for

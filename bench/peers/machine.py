@@ -1,38 +1,16 @@
 """What a measurement was made on, and the bytes a pass has to read."""
 
-import os
-import platform
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma_mtp_mlx import machine
 from gemma_mtp_mlx.checkpoint import stored_tensors
 
 
 def facts() -> dict[str, Any]:
-    """Return what matters of this machine; never its name."""
-    return {
-        "system": f"{_system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "python": platform.python_version(),
-    }
-
-
-def _system() -> str:
-    version = platform.mac_ver()[0]
-    return f"macOS {version}" if version else platform.system()
-
-
-def _processor() -> str:
-    if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    """Return what matters of this machine, as far as it is known."""
+    return {name: fact for name, fact in asdict(machine.facts()).items() if fact is not None}
 
 
 def stored_bytes(folder: Path) -> int:

@@ -1,12 +1,4 @@
-"""This project, through its public API.
-
-It loads a folder of links to the model's files without the tokenizer's and without an end of
-sequence: nobody here makes text, nobody stops early.
-"""
-
-import json
-import tempfile
-from pathlib import Path
+"""This project, through its public API. Nobody here makes text, nobody stops early."""
 
 import mlx.core as mx
 
@@ -19,9 +11,7 @@ class Adapter:
     """A loaded pair at one depth."""
 
     def __init__(self, model: str, drafts: int | None) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            link_bare(Path(model), Path(folder))
-            self.pair = load(folder)
+        self.pair = load(model).endless()
         self.drafts = drafts
         self.versions = {
             "gemma_mtp_mlx": gemma_mtp_mlx.__version__,
@@ -48,11 +38,3 @@ class Adapter:
                     Drafting(stats.draft_rounds, stats.draft_n, stats.draft_n_accepted, positions)
                 )
         return drafting
-
-
-def link_bare(model: Path, folder: Path) -> None:
-    """Link a model's config, weights and drafter into a folder, without tokenizer and EOS."""
-    for file in model.iterdir():
-        if file.name in ("config.json", "drafter") or file.name.startswith("model"):
-            (folder / file.name).symlink_to(file.resolve())
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}) + "\n")

@@ -15,6 +15,8 @@ FOLDER = Path(__file__).parent
 SIMDGROUP = 32  # threads
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
+limited: dict[str, int] = {}  # kernels that a device has given fewer threads, and how many
+
 Constant = int | bool | mx.Dtype
 
 
@@ -100,6 +102,7 @@ class Kernel:
             if "threads per threadgroup" not in str(error) or self.threads <= SIMDGROUP:
                 raise RuntimeError(f"the kernel {self.name} cannot be launched: {error}") from error
             refused, self.threads = self.threads, self.threads // 2 // SIMDGROUP * SIMDGROUP
+            limited[self.name] = self.threads
             raise Refused(
                 f"the kernel {self.name} cannot have {refused} threads on this GPU, and has "
                 f"{self.threads} from now on: {error}"

@@ -8,7 +8,7 @@ result (scores, partial sums, copies of masks). Activations are not counted.
 
 Lines are those of ml-explore/mlx at 846d176, between 0.32.2 and 0.32.3; what 0.32.4 does otherwise
 is said where it matters. In mlx/backend/metal: `quantized` is quantized.cpp, `attention`
-scaled_dot_product_attention.cpp, `device` device.cpp.
+scaled_dot_product_attention.cpp, `device` device.cpp; matmul.cpp is there too.
 """
 
 import re
@@ -20,14 +20,14 @@ BASE, MAX, ULTRA = "g", "s", "d"  # what an architecture's name ends in: base; P
 
 
 @dataclass(frozen=True, slots=True)
-class Chip:
+class Gpu:
     """A GPU as MLX tells them apart: generation 13 is M1, 17 is M5. Source: device 587-600."""
 
     generation: int
     size: str
 
     @classmethod
-    def parse(cls, architecture: str) -> "Chip":
+    def parse(cls, architecture: str) -> "Gpu":
         """Read what `mx.device_info()` calls the architecture, as in applegpu_g16s."""
         found = re.fullmatch(r"applegpu_g(\d\d)([gsdpc])", architecture)
         if found is None:
@@ -40,27 +40,34 @@ class Chip:
         return self.generation >= 17
 
 
-CHIPS = {
-    f"M{number}{suffix}": Chip(12 + number, size)
-    for number in range(1, 6)
-    for suffix, size in (("", BASE), (" Pro", MAX), (" Max", MAX), (" Ultra", ULTRA))
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """An affine quantised [out_width, in_width] matrix with a 16-bit scale and bias per group."""
+    """A [out_width, in_width] matrix, quantised as mx.quantize does it; 16 bits and more are plain.
+
+    Affine has a 16-bit scale and bias per group, the floating-point modes a scale of one byte.
+    """
 
     out_width: int
     in_width: int
     bits: int = 4
     group: int = 64
+    mode: str = "affine"
+
+    @property
+    def count(self) -> int:
+        """How many weights."""
+        return self.out_width * self.in_width
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are not quantised."""
+        return self.bits >= 16
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and biases."""
-        size = self.out_width * self.in_width
-        return size * self.bits // 8 + 4 * (size // self.group)
+        scales = 0 if self.plain else (4 if self.mode == "affine" else 1)
+        return self.count * self.bits // 8 + scales * (self.count // self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ _LIMITS = {
 }
 
 
-def row_limit(chip: Chip, weights: Weights) -> int:
+def row_limit(chip: Gpu, weights: Weights) -> int:
     """Rows from which on MLX multiplies by quantised weights with GEMM tiles."""
     if chip.size == ULTRA:
         kind = "Ultra"
@@ -120,13 +127,17 @@ def is_fast(weights: Weights) -> bool:
     return weights.out_width % 8 == 0 and weights.in_width % packed == 0
 
 
-def quantized_matmul(chip: Chip, weights: Weights, rows: int) -> Call:
-    """[rows, in_width] times transposed 2-D weights. Source: quantized 1739-1835."""
+def quantized_matmul(chip: Gpu, weights: Weights, rows: int, *, wide: bool = True) -> Call:
+    """[rows, in_width] times transposed 2-D weights. Source: quantized 1739-1835.
+
+    wide: whether MLX has qmv_wide, which came with 0.32.0 (ml-explore/mlx 3764).
+    """
     if rows >= row_limit(chip, weights):
         return _gemm(chip, weights, rows)
     if weights.in_width in (64, 128) and weights.bits in (2, 4, 8):
         kernel, passes = "qmv_quad", rows
-    elif rows >= 2 and chip.generation >= 15:  # use_qmv_wide, quantized 538
+    elif wide and rows >= 2 and (chip.generation >= 15 or weights.mode != "affine"):
+        # use_qmv_wide, quantized 538
         kernel, passes = "qmv_wide", ceil(rows / 5)  # at most five rows a threadgroup, 559-564
     else:
         kernel, passes = "qmv_fast" if is_fast(weights) else "qmv", rows
@@ -146,7 +157,7 @@ def split_k(weights: Weights, rows: int) -> int:
     return parts
 
 
-def _gemm(chip: Chip, weights: Weights, rows: int) -> Call:
+def _gemm(chip: Gpu, weights: Weights, rows: int) -> Call:
     """qmm_splitk, quantized 1120-1234, and qmm, 1024-1115; tensor units only without a split."""
     parts = split_k(weights, rows)
     if parts > 1:
@@ -160,7 +171,34 @@ def _gemm(chip: Chip, weights: Weights, rows: int) -> Call:
     return Call("qmm", 1, passes, passes * weights.nbytes)
 
 
-def gather_qmm(chip: Chip, weights: Weights, experts: int, tokens: int, chosen: int) -> Call:
+def plain_matmul(chip: Gpu, weights: Weights, rows: int, *, wide: bool = True) -> Call:
+    """[rows, in_width] times transposed 16-bit 2-D weights; passes as in quantized_matmul.
+
+    wide: whether MLX reads weights once for up to 15 rows, as 0.32 does. Source: matmul.cpp 86-160
+    (tiles of 64 rows), 620-640 (16, if sums are split), 895-975.
+    """
+    if rows == 1:
+        return Call("gemv", 1, 1, weights.nbytes)
+    if wide and chip.generation >= 15 and rows <= 15:
+        return Call("gemv_wide", 1, 1, weights.nbytes)
+    if splits_sums(chip, rows, weights.out_width, weights.in_width):
+        partial_bytes = 2 * 4 * 16 * rows * weights.out_width
+        return Call("gemm_splitk", 2, ceil(rows / 16), weights.nbytes, partial_bytes)
+    name = "gemm_nax" if chip.tensor_units else "gemm"
+    return Call(name, 1, ceil(rows / 64), weights.nbytes)
+
+
+def splits_sums(chip: Gpu, rows: int, out_width: int, in_width: int) -> bool:
+    """Whether a plain GEMM splits its sums, for want of tiles. Source: matmul.cpp 1451-1590."""
+    widest = max(rows, out_width)
+    if chip.tensor_units:
+        return in_width >= 3 * widest or (widest <= 1024 and in_width > 2 * widest)
+    most = 1024 if chip.size == BASE else 2048
+    tiles = ceil(rows / 16) * ceil(out_width / 16)
+    return tiles <= most and in_width >= 128 and in_width >= widest
+
+
+def gather_qmm(chip: Gpu, weights: Weights, experts: int, tokens: int, chosen: int) -> Call:
     """`chosen` experts for each token, as mlx_lm calls it: sorted by expert from 64 pairs on.
 
     weights: one expert's. passes counts experts read, one per pair of token and expert as long as
@@ -197,14 +235,15 @@ def is_fused(heads: Heads, length: int, keys: int, *, mask: bool = False) -> boo
 
 
 def attention(
-    chip: Chip, heads: Heads, rows: int, length: int, keys: int, *, mask: str | None = None
+    chip: Gpu, heads: Heads, rows: int, length: int, keys: int, *, mask: str | None = None
 ) -> Call:
     """`length` positions per row over `keys` keys; mask: None, "causal" or "array" (booleans).
 
     Fused, every query head at every position reads its keys and values itself; with more than one
     row an array is first copied for every head (attention 859-867). Unfused, every query head
-    multiplies by itself, and scores are written, masked, normalised and read back one by one.
-    Source: attention 454-620, 868-881; mlx/fast.cpp 718-790.
+    multiplies by itself, but if all share the keys of one row: then they are rows of one GEMM.
+    Scores are written, masked, normalised and read back one by one.
+    Source: attention 454-620, 868-881; mlx/fast.cpp 718-790; matmul.cpp, Matmul::eval_gpu.
     """
     stored = rows * heads.kv * keys * heads.dim * 2 * 2
     scores = rows * heads.queries * length * keys
@@ -220,16 +259,22 @@ def attention(
         return Call(name, launches, passes, passes * stored, extra)
     trips = 4 if mask is None else 6  # 16-bit scores: matmul, mask, softmax, matmul
     launches = {None: 4, "array": 5, "causal": 8}[mask]  # q * scale first; causal makes its mask
-    return Call("unfused", launches, heads.sharing, heads.sharing * stored, 2 * trips * scores)
+    passes = 1 if is_merged(heads, rows) else heads.sharing
+    return Call("unfused", launches, passes, passes * stored, 2 * trips * scores)
 
 
-def is_two_pass(chip: Chip, heads: Heads, keys: int) -> bool:
+def is_merged(heads: Heads, rows: int) -> bool:
+    """Whether unfused attention of all query heads is one GEMM."""
+    return heads.kv == 1 and rows == 1
+
+
+def is_two_pass(chip: Gpu, heads: Heads, keys: int) -> bool:
     """Whether fused attention splits the keys over threadgroups. Source: attention 873-877."""
     large = chip.size in (MAX, ULTRA)
     return (large and keys >= 1024) or (heads.sharing > 1 and keys >= 4096)
 
 
-def _blocks(chip: Chip, heads: Heads, length: int, keys: int) -> int:
+def _blocks(chip: Gpu, heads: Heads, length: int, keys: int) -> int:
     """Parts that the keys are split into. Source: attention 485-518."""
     together = heads.sharing * length
     if chip.size == MAX:
