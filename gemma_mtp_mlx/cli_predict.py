@@ -89,7 +89,7 @@ def _rows(batch: str) -> tuple[int, ...]:
 
 
 def _memory(given: float | None, chip: str | None) -> int | None:
-    """Return bytes that MLX may use: as given, or this Mac's if it is its chip that is asked for."""
+    """Return bytes that MLX may use: as given, or this Mac's if its chip is asked for."""
     if given is not None or chip is not None:
         return None if given is None else int(given * 1e9)
     from gemma_mtp_mlx.memory import device_bytes
