@@ -97,10 +97,16 @@ def summaries(half: Half, constants: Constants) -> dict[str, dict[str, float]]:
     """Return the errors of a half: of speed-ups, with and without tabled acceptance, and others."""
     of = [(case, case.error(constants)) for case in half.cases]
     curves = [e for curve in half.curves for e in curve.errors(constants)]
+    by_source: dict[str, list[float]] = {}
+    for case, error in of:
+        by_source.setdefault(case.record["source"], []).append(abs(math.exp(error) - 1))
     return {
         "speed-up": summary(shares([e for _, e in of])),
         "speed-up, acceptance published": summary(shares([e for c, e in of if not c.tabled])),
         "speed-up, acceptance from the table": summary(shares([e for c, e in of if c.tabled])),
+        "speed-up, median of each source": summary(
+            [statistics.median(errors) for errors in by_source.values()]
+        ),
         "plain tokens per second": summary(shares(half.plain_errors(constants))),
         "points of curves": summary(shares(curves)),
     }

@@ -39,7 +39,7 @@ def predict(
         str | None, opt("KIND", "code, chat, prose, json or repeat; chat if not given.")
     ] = None,
     memory: Annotated[
-        float | None, opt("GB", f"{MEMORY} If not given: of the largest sold.")
+        float | None, opt("GB", f"{MEMORY} If not given: this Mac's, or of the largest sold.")
     ] = None,
     json: Annotated[bool, flag("Print one JSON object.", "--json")] = False,
     plot: Annotated[
@@ -66,7 +66,8 @@ def predict(
         context=context,
         kind=_kind(acceptance, prompts),
         chances=_chances(acceptance, prompts),
-        memory_bytes=None if memory is None else int(memory * 1e9),
+        memory_bytes=_memory(memory, chip),
+        memory_of="on this Mac" if memory is None else "(--memory)",
     )
     if plot is not None:
         from gemma_mtp_mlx import predict_plot
@@ -85,6 +86,15 @@ def _rows(batch: str) -> tuple[int, ...]:
             f"--batch is {batch!r}; it must be numbers of 1 to {MOST_ROWS}, such as 1,4,8"
         )
     return tuple(dict.fromkeys(map(int, words)))
+
+
+def _memory(given: float | None, chip: str | None) -> int | None:
+    """Return bytes that MLX may use: as given, or this Mac's if its chip is asked for."""
+    if given is not None or chip is not None:
+        return None if given is None else int(given * 1e9)
+    from gemma_mtp_mlx.memory import device_bytes
+
+    return device_bytes()
 
 
 def _chips(name: str | None) -> "tuple[Chip, ...]":

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_mtp_mlx.acceptances import KINDS
-from gemma_mtp_mlx.chips import SHARE, Chip
+from gemma_mtp_mlx.chips import CHIPS, SHARE, Chip
 from gemma_mtp_mlx.footprint import Room
 from gemma_mtp_mlx.outline import Outline
 from gemma_mtp_mlx.prediction import CONSTANTS, HELD_OUT_ERROR, Rounds, room
@@ -17,8 +17,11 @@ NAMES = {OURS: "our kernels", MLX: "MLX's kernels"}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to be predicted. kind: of prompts, None for a chance that was given; memory_bytes:
-    what MLX may use, None for a share of the largest memory a chip is sold with."""
+    """What is to be predicted.
+
+    kind: of prompts, None for a chance that was given. memory_bytes: what MLX may use, None for a
+    share of the largest memory a chip is sold with; memory_of: whose that is, in words.
+    """
 
     outline: Outline
     chips: tuple[Chip, ...]
@@ -27,6 +30,7 @@ class Asked:
     kind: str | None
     chances: tuple[float, ...]
     memory_bytes: int | None
+    memory_of: str
 
     def rounds(self, chip: Chip, rows: int, kernels: str) -> Rounds:
         """Return the rounds of one line."""
@@ -59,7 +63,9 @@ def lines(asked: Asked) -> Iterator[str]:
 def _figures(chip: Chip) -> str:
     tensor = "" if chip.tensor_tflops is None else f", {chip.tensor_tflops:g} on tensor units"
     estimated = " (some figures are estimates)" if chip.estimates else ""
-    return f"{chip.bandwidth_gbps:g} GB/s, {chip.tflops:g} TFLOPS{tensor}{estimated}"
+    others = [name for name in CHIPS if name.startswith(f"{chip.name} ") and "-core" in name]
+    smaller = f"; with fewer GPU cores: {others[0]}" if others else ""
+    return f"{chip.bandwidth_gbps:g} GB/s, {chip.tflops:g} TFLOPS{tensor}{estimated}{smaller}"
 
 
 def _row(rounds: Rounds, chances: tuple[float, ...], name: str) -> str:
@@ -77,7 +83,9 @@ def _row(rounds: Rounds, chances: tuple[float, ...], name: str) -> str:
 
 def _memory(asked: Asked, chip: Chip) -> Iterator[str]:
     found = asked.room(chip)
-    of = f"of {chip.memory_gb} GB, the most sold" if asked.memory_bytes is None else "(--memory)"
+    of = asked.memory_of
+    if asked.memory_bytes is None:
+        of = f"of {chip.memory_gb} GB, the most sold"
     start = f"  predicted, memory: {found.memory_bytes / 1e9:.0f} GB for MLX {of};"
     for rows in asked.rows:
         spare, longest = found.spare_bytes(rows, asked.context), found.largest_context(rows)

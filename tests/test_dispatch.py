@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gemma_mtp_mlx.chips import find
@@ -15,6 +17,7 @@ from gemma_mtp_mlx.dispatch import (
     is_fast,
     is_fused,
     is_two_pass,
+    plain_matmul,
     quantized_matmul,
     row_limit,
     split_k,
@@ -185,3 +188,47 @@ def test_unfused_attention_writes_its_scores() -> None:
     assert call.kernel == "unfused" and call.passes == 8
     assert call.extra_bytes == 6 * 2 * (32 * 4 * 8192)
     assert attention(M3, FULL["E4B"], 1, 1, 8192)[:2] == ("unfused", 4)
+
+
+def test_what_older_versions_lack() -> None:
+    old = [quantized_matmul(M3, LARGE, rows, wide=False).kernel for rows in (1, 5, 13)]
+    assert old == ["qmv", "qmv", "qmm"]
+    assert quantized_matmul(M1, replace(LARGE, mode="mxfp4", group=32), 4).kernel == "qmv_wide"
+    assert quantized_matmul(M1, LARGE, 4).kernel == "qmv"
+
+
+def test_bytes_of_floating_point_and_plain_weights() -> None:
+    assert Weights(64, 128, 8, 32, "mxfp8").nbytes == 64 * 128 + 64 * 4
+    assert Weights(64, 128, 4, 16, "nvfp4").nbytes == 64 * 64 + 64 * 8
+    assert Weights(64, 128, 16, 1, "plain").nbytes == 2 * 64 * 128
+
+
+@pytest.mark.parametrize(
+    "chip, rows, wide, kernel, passes",
+    [
+        (M3, 1, True, "gemv", 1),
+        (M3, 15, True, "gemv_wide", 1),
+        (M3, 15, False, "gemm", 1),
+        (M3, 65, True, "gemm", 2),
+        (M1, 4, True, "gemm", 1),
+        (M5, 16, True, "gemm_nax", 1),
+    ],
+)
+def test_plain_weights_are_multiplied_in_tiles_of_64(
+    chip: Gpu, rows: int, wide: bool, kernel: str, passes: int
+) -> None:
+    plain = Weights(LARGE.out_width, LARGE.in_width, 16, 1, "plain")
+    call = plain_matmul(chip, plain, rows, wide=wide)
+    assert (call.kernel, call.passes, call.bytes) == (kernel, passes, plain.nbytes)
+
+
+def test_sums_of_plain_weights_are_split_for_want_of_tiles() -> None:
+    narrow = Weights(2048, 8192, 16, 1, "plain")
+    assert [plain_matmul(M1, narrow, rows).kernel for rows in (16, 512)] == ["gemm_splitk", "gemm"]
+
+
+def test_heads_that_share_one_row_s_keys_are_one_gemm() -> None:
+    one, two = Heads(8, 1, 512), Heads(8, 2, 512)
+    assert attention(M3, one, 1, 4, 4096, mask="causal").passes == 1
+    assert attention(M3, one, 4, 4, 4096, mask="array").passes == 8
+    assert attention(M3, two, 1, 4, 4096, mask="causal").passes == 4

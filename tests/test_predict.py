@@ -35,7 +35,18 @@ def test_every_line_of_a_figure_says_predicted(capsys: Capture) -> None:
     assert all("predicted" in line for line in figures)
     assert "26B-A4B, 4-bit, drafter 4-bit; 1024 tokens a row" in text[0]
     assert "0.92 0.85 0.86 0.85" in text[1] and "nothing is measured" in text[2]
-    assert "M4 Max: 546 GB/s, 18.4 TFLOPS" in text
+    assert "M4 Max: 546 GB/s, 18.4 TFLOPS; with fewer GPU cores: M4 Max 32-core" in text
+
+
+def test_a_mac_is_asked_for_its_chip_and_memory(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"device_name": "Apple M2 Pro", "max_recommended_working_set_size": 22_900_000_000}
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    monkeypatch.setattr("mlx.core.device_info", lambda: info)
+    text = lines(capsys, "--batch", "1")
+    assert "M2 Pro: 200 GB/s, 6.8 TFLOPS" in text
+    assert "predicted, memory: 23 GB for MLX on this Mac; room for 1 row" in text[-1]
 
 
 def test_json_has_the_same_and_what_it_rests_on(capsys: Capture) -> None:

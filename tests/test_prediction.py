@@ -47,6 +47,15 @@ def test_a_pass_of_ours_reads_what_the_footprint_says(family: str, bits: str) ->
 
 
 @FAMILIES
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_nearly_all_of_a_pass_is_matrices(family: str, bits: str) -> None:
+    pair = of_family(family, bits, bits)
+    for part in (pair.target, pair.drafter):
+        assert part is not None
+        assert 0 <= part.other_bytes < 0.002 * part.reads.pass_bytes(1)
+
+
+@FAMILIES
 def test_keys_and_values_are_the_footprint_s(family: str) -> None:
     pair = of_family(family, "4", "4")
     for rows, context in ((1, 300), (4, 5000)):
