@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma_mtp_mlx import (
     hub,
     load,
     measure,
+    memory,
     prompt_kinds,
 )
 from gemma_mtp_mlx.agreement import Agreement, Kept
@@ -27,6 +29,7 @@ from gemma_mtp_mlx.checks import FAIL, PASS, SKIP, WARN, Check
 from gemma_mtp_mlx.cli import main
 from gemma_mtp_mlx.doctor import Diagnosis, diagnose
 from gemma_mtp_mlx.drafter import Drafter
+from gemma_mtp_mlx.kernels import kernel
 from gemma_mtp_mlx.measure import Measured, Speed, Spread
 from gemma_mtp_mlx.prompts import Prompts
 from tests import faults, trained
@@ -193,18 +196,18 @@ def agreement(first: float, sure: float, entropy: float = 0.3, same: float = 0.1
     ],
 )
 def test_what_drafts_are_worth_is_judged(
-    trained_pair: LoadText, found: Agreement, status: str, says: str
+    text_pair: LoadText, found: Agreement, status: str, says: str
 ) -> None:
-    got, summary, remedy = checks.judge(trained_pair("12b"), found)
+    got, summary, remedy = checks.judge(text_pair("12b"), found)
     assert got == status and says in summary
     assert bool(remedy) == (status != PASS)
 
 
 def test_little_of_what_is_published_is_worth_a_warning(
-    trained_pair: LoadText, monkeypatch: Patch
+    text_pair: LoadText, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(expected, "size_of", lambda config: "31B")
-    pair = trained_pair("31b")
+    pair = text_pair("31b")
     assert checks.judge(pair, agreement(1.0, 0.9))[0] == PASS
     status, summary, _ = checks.judge(pair, agreement(0.6, 0.7))
     assert status == WARN and "of what this size has shown" in summary
@@ -239,6 +242,14 @@ def test_speeds_are_judged(found: Measured, status: str, says: str) -> None:
     assert bool(check.remedy) == (status != PASS)
 
 
+def test_a_text_that_drafting_changes_is_a_failure() -> None:
+    plain, fixed, auto = measured((1.1, 1.2, 1.3), (1.0, 1.1, 1.2)).speeds
+    changed = replace(auto, first_difference=3)
+    given = Measured("code", 1, (PROMPT,), 64, 3, (plain, fixed, changed))
+    check = checks.judge_speed(given)
+    assert check.status == FAIL and "changes the text" in check.summary
+
+
 def test_break_even_is_where_a_round_gives_what_it_costs() -> None:
     for k in (1, 4, 15):
         for a in (0.0, 0.3, 0.9):
@@ -246,6 +257,38 @@ def test_break_even_is_where_a_round_gives_what_it_costs() -> None:
             assert found == pytest.approx(a, abs=1e-6)
     assert checks.break_even(0.9, 4) == pytest.approx(0, abs=1e-6)
     assert checks.break_even(5.1, 4) is None
+
+
+def test_a_device_too_small_for_a_context_is_found(text_pair: LoadText, monkeypatch: Patch) -> None:
+    pair = text_pair("31b")
+    assert checks.check_memory(pair).data["largest_context"] == {1: 4096, 4: 4096, 8: 4096}
+    held = sum(checks.check_memory(pair).data["weights_bytes"]) + memory.RESERVED
+    for spare, status in ((-1, FAIL), (600_000, WARN), (100_000_000, PASS)):
+        monkeypatch.setattr(checks, "device_bytes", lambda: held + spare)  # noqa: B023
+        assert checks.check_memory(pair).status == status
+
+
+def test_what_trying_the_kernels_has_found_is_told(text_pair: LoadText, monkeypatch: Patch) -> None:
+    pair = text_pair("31b")
+    monkeypatch.setattr(checks, "on_gpu", lambda: True)
+    monkeypatch.setattr(kernel, "limited", {"verify_matmul": 128})
+    check = checks.check_kernels(pair)
+    assert check.status == PASS and "verify_matmul runs with 128 threads" in check.details[0]
+    monkeypatch.setattr(pair, "tried", ["this GPU gives other bits"])
+    check = checks.check_kernels(pair)
+    assert check.status == WARN and check.summary == "this GPU gives other bits"
+
+
+def test_a_kernel_with_fewer_threads_is_noted(monkeypatch: Patch) -> None:
+    def refuse(arrays: object) -> None:
+        raise RuntimeError("too many threads per threadgroup")
+
+    small = kernel.Kernel("small", ["x"], ["out"], "out[0] = x[0];", [])
+    monkeypatch.setattr(kernel, "limited", {})
+    monkeypatch.setattr(mx, "eval", refuse)
+    with pytest.raises(kernel.Refused):
+        small._try([])
+    assert kernel.limited == {"small": 128}
 
 
 def test_a_model_without_a_tokenizer_does_not_work(tmp_path: Path) -> None:

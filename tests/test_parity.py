@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from gemma_mtp_mlx import SamplingParams, load
+from gemma_mtp_mlx import SamplingParams, load, recomputation
 from gemma_mtp_mlx.api import Pair
 from gemma_mtp_mlx.convert import convert
+from gemma_mtp_mlx.sampling import batch_sampling
 from tests import checkpoints, passes
 from tests.families import WINDOW
 
@@ -121,6 +122,34 @@ def test_drafter_equals_transformers_on_its_keys_and_values(golden: Golden, leng
     assert passes.relative(logits, golden.arrays[f"{length}/draft_logits"]) < TOLERANCE
     assert passes.relative(states, golden.arrays[f"{length}/draft_states"]) < TOLERANCE
     assert np.array_equal(logits.argmax(axis=-1), drafts)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_recomputation_equals_transformers(golden: Golden, length: int) -> None:
+    """What rounds are compared with: hidden states, keys and values, and drafts from them."""
+    target, drafter, config = golden.pair.target, golden.pair.drafter, golden.pair.target.config
+    assert drafter is not None
+    at, want = golden.arrays[f"{length}/positions"], golden.shared(length)
+    sliding, full = (want.sliding_keys, want.sliding_values), (want.full_keys, want.full_values)
+    for second in (False, True):
+        text = recomputation.compute(target, golden.ids(length), second=second)
+        got = np.array(text.hidden)[at]
+        assert passes.relative(got, golden.arrays[f"{length}/hidden"]) < TOLERANCE
+        kv = {}
+        for is_sliding, pair in ((True, sliding), (False, full)):
+            layer = recomputation.right_layer(config, sliding=is_sliding)
+            window = config.sliding_window if is_sliding else None
+            kv[is_sliding] = recomputation.visible(text, layer, length, window)
+            seen = kv[is_sliding].shape[1]
+            both = np.concatenate([x[:, -seen:] for x in pair])
+            assert passes.relative(np.array(kv[is_sliding]), both) < TOLERANCE
+    drafts = golden.arrays[f"{length}/draft_tokens"].tolist()
+    fed = [mx.array([token]) for token in (int(golden.arrays[f"{length}/bonus"]), *drafts[:-1])]
+    positions = [[length]] * len(drafts)
+    states = recomputation.draft_states(drafter, target, (text.hidden[-1:], fed), kv, positions)
+    greedy = batch_sampling([SamplingParams()], [0])
+    chosen = [drafter.choose(h, greedy, mx.array([[length]])).item() for h in states]
+    assert chosen == drafts
 
 
 @pytest.mark.parametrize("length", LENGTHS)
