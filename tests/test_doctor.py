@@ -196,18 +196,18 @@ def agreement(first: float, sure: float, entropy: float = 0.3, same: float = 0.1
     ],
 )
 def test_what_drafts_are_worth_is_judged(
-    trained_pair: LoadText, found: Agreement, status: str, says: str
+    text_pair: LoadText, found: Agreement, status: str, says: str
 ) -> None:
-    got, summary, remedy = checks.judge(trained_pair("12b"), found)
+    got, summary, remedy = checks.judge(text_pair("12b"), found)
     assert got == status and says in summary
     assert bool(remedy) == (status != PASS)
 
 
 def test_little_of_what_is_published_is_worth_a_warning(
-    trained_pair: LoadText, monkeypatch: Patch
+    text_pair: LoadText, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(expected, "size_of", lambda config: "31B")
-    pair = trained_pair("31b")
+    pair = text_pair("31b")
     assert checks.judge(pair, agreement(1.0, 0.9))[0] == PASS
     status, summary, _ = checks.judge(pair, agreement(0.6, 0.7))
     assert status == WARN and "of what this size has shown" in summary
@@ -259,10 +259,8 @@ def test_break_even_is_where_a_round_gives_what_it_costs() -> None:
     assert checks.break_even(5.1, 4) is None
 
 
-def test_a_device_too_small_for_a_context_is_found(
-    trained_pair: LoadText, monkeypatch: Patch
-) -> None:
-    pair = trained_pair("31b")
+def test_a_device_too_small_for_a_context_is_found(text_pair: LoadText, monkeypatch: Patch) -> None:
+    pair = text_pair("31b")
     assert checks.check_memory(pair).data["largest_context"] == {1: 4096, 4: 4096, 8: 4096}
     held = sum(checks.check_memory(pair).data["weights_bytes"]) + memory.RESERVED
     for spare, status in ((-1, FAIL), (600_000, WARN), (100_000_000, PASS)):
@@ -270,10 +268,8 @@ def test_a_device_too_small_for_a_context_is_found(
         assert checks.check_memory(pair).status == status
 
 
-def test_what_trying_the_kernels_has_found_is_told(
-    trained_pair: LoadText, monkeypatch: Patch
-) -> None:
-    pair = trained_pair("31b")
+def test_what_trying_the_kernels_has_found_is_told(text_pair: LoadText, monkeypatch: Patch) -> None:
+    pair = text_pair("31b")
     monkeypatch.setattr(checks, "on_gpu", lambda: True)
     monkeypatch.setattr(kernel, "limited", {"verify_matmul": 128})
     check = checks.check_kernels(pair)
