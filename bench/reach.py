@@ -57,7 +57,8 @@ The ratio is drafting, at the best K of 1 to 15, to plain decoding **of the same
 kernels**, at {CONTEXT} tokens a row, each row keeping what it accepted; acceptance is the chance of
 each draft. Our kernels' plain decoding is predicted to be faster than MLX's, so a lower ratio may
 be more tokens per second. Drafters are packed as their targets. Published acceptance is about .86
-for code, .6 to .7 for chat, .7 for prose ([prompts.json](../../gemma_mtp_mlx/data/prompts.json)).
+for code, .6 to .7 for chat, .7 for prose
+([acceptances.json](../../gemma_mtp_mlx/data/acceptances.json)).
 
 ![speed-up against acceptance](reach.png)
 """

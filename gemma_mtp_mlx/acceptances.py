@@ -16,7 +16,7 @@ class Kind:
 
 
 def _read() -> dict[str, Kind]:
-    text = files("gemma_mtp_mlx").joinpath("data/prompts.json").read_text()
+    text = files("gemma_mtp_mlx").joinpath("data/acceptances.json").read_text()
     kinds = json.loads(text)["kinds"]
     return {n: Kind(tuple(k["chances"]), k["source"], k["note"]) for n, k in kinds.items()}
 

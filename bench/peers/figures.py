@@ -1,8 +1,9 @@
 """Medians, spreads, ratios run by run, and the tables made of them."""
 
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+from gemma_mtp_mlx.measure import Spread
 
 Run = dict[str, Any]
 Rows = list[list[str]]
@@ -22,22 +23,9 @@ HEADINGS = (
 NONE = "-"
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """The median of some values, the smallest and the largest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        """Summarise at least one value."""
-        return cls(median(values), min(values), max(values))
-
-    def cells(self, digits: int) -> list[str]:
-        """Return the median and the range as text."""
-        return [f"{self.median:.{digits}f}", f"{self.low:.{digits}f} to {self.high:.{digits}f}"]
+def cells(spread: Spread, digits: int) -> list[str]:
+    """Return the median and the range as text."""
+    return [f"{spread.median:.{digits}f}", f"{spread.least:.{digits}f} to {spread.most:.{digits}f}"]
 
 
 def faster_ways(runs: dict[tuple[str, str], list[Run]]) -> dict[str, tuple[str, list[Run]]]:
@@ -117,9 +105,9 @@ def table(summary: dict[str, Any], skipped: dict[str, str]) -> Rows:
     """Return a cell's table as text, headings first; skipped contenders get a row each."""
     rows = [list(HEADINGS)]
     for name, of in summary.items():
-        row = [name, *of["decode_tps"].cells(1), f"{of['total_tps'].median:.1f}"]
+        row = [name, *cells(of["decode_tps"], 1), f"{of['total_tps'].median:.1f}"]
         for base in ("mlx_lm", "mlx_vlm"):
-            row += of["vs"][base].cells(2) if base in of["vs"] else [NONE, NONE]
+            row += cells(of["vs"][base], 2) if base in of["vs"] else [NONE, NONE]
         row.append(NONE if of["tokens_per_round"] is None else f"{of['tokens_per_round']:.2f}")
         row.append(NONE if of["accepted"] is None else f"{of['accepted']:.2f}")
         row.append(NONE if of["equal"] is None else "{} of {}".format(*of["equal"]))
@@ -161,9 +149,9 @@ def plain(rows: Rows) -> str:
         if len(row) < len(widths):
             lines.append(row[0].ljust(widths[0]) + "  " + " ".join(row[1:]))
             continue
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
+        columns = [row[0].ljust(widths[0])]
+        columns += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(columns))
     return "\n".join(lines)
 
 

@@ -34,8 +34,8 @@ def plot_throughput(cells: list[dict[str, Any]], file: Path, note: str) -> None:
                 [batch for batch, _ in points],
                 [speed.median for speed in speeds],
                 yerr=[
-                    [speed.median - speed.low for speed in speeds],
-                    [speed.high - speed.median for speed in speeds],
+                    [speed.median - speed.least for speed in speeds],
+                    [speed.most - speed.median for speed in speeds],
                 ],
                 label=name,
                 color=_COLOURS[number % len(_COLOURS)],
