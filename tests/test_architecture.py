@@ -33,6 +33,7 @@ LEVELS = [
     {"readers"},
     {"cache", "kernels"},
     {"attention", "request", "tensor_names"},
+    {"sections"},
     {"constraint", "penalties", "outcome"},
     {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue"},
     {"fields"},
