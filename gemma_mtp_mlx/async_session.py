@@ -7,7 +7,7 @@ thread they were built in.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -107,7 +107,7 @@ class AsyncSession:
         async for chunk in self.stream_requests([request]):
             yield chunk
 
-    async def stream_requests(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+    async def stream_requests(self, requests: Sequence[Request]) -> AsyncGenerator[Chunk]:
         """Yield the output of requests that `Prompts.request` has made; see `stream`.
 
         Chunks carry the request's index.
