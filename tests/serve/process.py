@@ -65,7 +65,8 @@ class ServerProcess:
         for line in text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                found[re.sub(r'model_name="[^"]*",?', "", name).replace("{}", "")] = float(value)
+                name = re.sub(r'(?<=\{)model_name="[^"]*",?|,model_name="[^"]*"', "", name)
+                found[name.replace("{}", "")] = float(value)
         return found
 
     def memory_bytes(self) -> int:
