@@ -76,6 +76,14 @@ class ServerProcess:
         assert found is not None
         return 1024 * int(found[1])
 
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End it, if it has not ended."""
+        self.process.kill()
+        self.process.wait(60)
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop and return its exit code."""
         self.process.send_signal(how)
