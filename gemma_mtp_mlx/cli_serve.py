@@ -41,7 +41,9 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=0, metavar="N", help="Answers that wait, at most.")
     ] = 64,
-    kv_budget: Annotated[float | None, opt("GB", "Memory for keys and values, at most.")] = None,
+    kv_budget: Annotated[
+        float | None, opt("GB", "Memory for keys and values; half of what is left if not given.")
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar=KEY, help="What clients have to send."),
