@@ -20,6 +20,7 @@ from gemma_mtp_mlx.cli_doctor import doctor
 from gemma_mtp_mlx.cli_inspect import inspect, verify
 from gemma_mtp_mlx.cli_predict import predict
 from gemma_mtp_mlx.cli_report import report as report_
+from gemma_mtp_mlx.cli_serve import serve
 from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
@@ -298,6 +299,7 @@ app.command()(verify)
 app.command()(doctor)
 app.command()(predict)
 app.command("report")(report_)
+app.command()(serve)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

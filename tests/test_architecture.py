@@ -22,6 +22,7 @@ LEVELS = [
         "cli_models",
         "cli_predict",
         "cli_report",
+        "cli_serve",
     },
     {"report_folder"},
     {"report_page", "report_plots", "report_prediction"},
@@ -34,7 +35,7 @@ LEVELS = [
     {"expected", "measure"},
     {"report"},
     {"batch"},
-    {"lines", "convert", "machine"},
+    {"lines", "convert", "machine", "serve"},
     {"__init__"},
     {"api", "async_session", "prompt_kinds"},
     {"session", "hub_cache", "wiring", "agreement"},
@@ -47,6 +48,7 @@ LEVELS = [
     {"readers"},
     {"cache", "kernels"},
     {"attention", "request", "tensor_names", "families"},
+    {"sections"},
     {"constraint", "penalties", "outcome"},
     {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue", "chips"},
     {"fields", "dispatch", "acceptances"},
@@ -88,7 +90,8 @@ def _sources() -> dict[str, Path]:
     own = {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
     convert = {f"convert.{path.stem}": path for path in (ROOT / "convert").glob("*.py")}
     kernels = {f"kernels.{path.stem}": path for path in (ROOT / PACKAGE / "kernels").glob("*.py")}
-    return own | convert | kernels
+    serve = {f"serve.{path.stem}": path for path in (ROOT / PACKAGE / "serve").glob("*.py")}
+    return own | convert | kernels | serve
 
 
 def _level(module: str) -> int:
