@@ -20,7 +20,7 @@ LEVELS = [
     {"inspection", "verification"},
     {"report"},
     {"batch"},
-    {"lines", "convert"},
+    {"lines", "convert", "conversation"},
     {"__init__"},
     {"api", "async_session"},
     {"session", "hub_cache"},
