@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_mtp_mlx import __version__, cli_models
+from gemma_mtp_mlx.cli_chat import chat
 from gemma_mtp_mlx.cli_convert import convert
 from gemma_mtp_mlx.cli_inspect import inspect, verify
 from gemma_mtp_mlx.options import (
@@ -283,6 +284,7 @@ def cache_prompt(
     )
 
 
+app.command()(chat)
 app.command()(convert)
 app.command()(cli_models.pull)
 app.command("list")(cli_models.list_)

@@ -37,6 +37,11 @@ class Seating:
         self._segments = Segments(plan.positions)
 
     @property
+    def positions(self) -> int:
+        """Positions of the pools altogether."""
+        return self._segments.size
+
+    @property
     def free_slots(self) -> int:
         """Rows that could still be seated, memory allowing."""
         return len(self._slots)
