@@ -99,9 +99,10 @@ class Prompts:
         if all(rule is None for rule in rules):
             return None
         thinking = None if params.thinking is False else self._thinking
-        return constraint_for(params, ids, self._grammar_tokenizer(), thinking)
+        return constraint_for(params, ids, self.speller(), thinking)
 
-    def _grammar_tokenizer(self) -> LLTokenizer:
+    def speller(self) -> LLTokenizer:
+        """Return what knows the bytes of every token, for grammars; made on first use."""
         if self._prepared is None:
             tokenizer, size = self._text_tokenizer(), self._config.vocab_size
             self._prepared = grammar_tokenizer(tokenizer, size, self.eos)

@@ -16,9 +16,9 @@ class Stats:
 
     cached_tokens: prompt tokens taken over from earlier prompts; queued_s: from submission to
     admission; prompt_s: from there to the first token, whatever else ran meanwhile; generation_s:
-    from the first token to the last; draft_rounds: verify passes; draft_n: tokens drafted;
-    draft_n_accepted: drafts that were emitted; accepted_per_position: how many rounds emitted
-    their first, second, ... draft.
+    from the first token to the last; draft_rounds: verify passes; draft_blocks: those that had
+    drafts; draft_n: tokens drafted; draft_n_accepted: drafts that were emitted;
+    accepted_per_position: how many rounds emitted their first, second, ... draft.
     """
 
     seed: int
@@ -30,6 +30,7 @@ class Stats:
     generation_s: float = 0.0
     peak_memory_bytes: int = 0
     draft_rounds: int = 0
+    draft_blocks: int = 0
     draft_n: int = 0
     draft_n_accepted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
@@ -146,6 +147,7 @@ class Request:
         """Count one verify pass of which `accepted` drafts were emitted."""
         stats = self.stats
         stats.draft_rounds += 1
+        stats.draft_blocks += drafted > 0
         stats.draft_n += drafted
         stats.draft_n_accepted += accepted
         stats.accepted_per_position += [0] * (drafted - len(stats.accepted_per_position))

@@ -15,13 +15,13 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_chat", "cli_convert", "cli_inspect", "cli_models"},
+    {"cli_chat", "cli_convert", "cli_inspect", "cli_models", "cli_serve"},
     {"options", "inspect_report", "terminal", "chat_commands"},
     {"inspection", "verification", "progress", "chat_report", "scroll"},
     {"chat", "markdown"},
     {"report"},
     {"batch"},
-    {"lines", "convert", "conversation"},
+    {"lines", "convert", "conversation", "serve"},
     {"__init__"},
     {"api", "async_session"},
     {"session", "hub_cache"},
@@ -76,7 +76,8 @@ def _sources() -> dict[str, Path]:
     own = {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
     convert = {f"convert.{path.stem}": path for path in (ROOT / "convert").glob("*.py")}
     kernels = {f"kernels.{path.stem}": path for path in (ROOT / PACKAGE / "kernels").glob("*.py")}
-    return own | convert | kernels
+    serve = {f"serve.{path.stem}": path for path in (ROOT / PACKAGE / "serve").glob("*.py")}
+    return own | convert | kernels | serve
 
 
 def _level(module: str) -> int:

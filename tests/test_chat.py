@@ -28,10 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model that never ends by itself, so that a test decides how long an answer is."""
     target = write_gemma_model(tmp_path_factory.mktemp("model"))
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
-    config = target / "tokenizer_config.json"
-    config.write_text(
-        config.read_text().replace("for tool in tools -%", "for tool in tools or [] -%")
-    )
     return target
 
 

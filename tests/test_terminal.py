@@ -103,10 +103,6 @@ class Tmux:
 def folder(tmp_path: Path) -> Path:
     target = write_gemma_model(tmp_path)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
-    config = target / "tokenizer_config.json"
-    config.write_text(
-        config.read_text().replace("for tool in tools -%", "for tool in tools or [] -%")
-    )
     return target
 
 
