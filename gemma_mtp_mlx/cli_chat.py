@@ -193,7 +193,7 @@ def _problem(error: OSError | ValueError) -> str:
 def _welcome(chat: "Chat") -> list[str]:
     lines = ["/help lists commands, Ctrl-C stops an answer, Ctrl-D ends the chat"]
     if not chat.template:
-        lines.insert(0, "There is no chat template: what you type is continued; try: def mean(xs):")
+        lines.insert(0, "No chat template is used: what you type is continued; try: def mean(xs):")
     return lines
 
 

@@ -19,6 +19,11 @@ _FENCES = ("```", "~~~")
 _CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if code not in b"\n\t")
 
 
+def shown(text: str) -> str:
+    """Return what a terminal may be given of a text: everything but control characters."""
+    return text.translate(_CONTROL)
+
+
 class Growing:
     """A text that grows. What can no longer change is handed out once, in blocks.
 
@@ -36,8 +41,8 @@ class Growing:
         return self.look != "markdown" or self.rest.lstrip().startswith(_FENCES)
 
     def add(self, text: str) -> list[str]:
-        """Append text, but for control characters. Returns the blocks that are over now."""
-        self.rest += text.translate(_CONTROL)
+        """Append what may be shown of a text. Returns the blocks that are over now."""
+        self.rest += shown(text)
         whole = self.rest.rfind("\n") + 1
         if self.look == "markdown":
             cuts = [0, *_starts(self.rest[:whole])]

@@ -15,6 +15,7 @@ from rich.theme import Theme
 
 from gemma_mtp_mlx.chat import Chat
 from gemma_mtp_mlx.chat_report import ending, fitting, progress, status
+from gemma_mtp_mlx.markdown import shown
 from gemma_mtp_mlx.scroll import Scroll
 
 THEME = Theme({"markdown.code": "cyan", "markdown.h1": "bold", "markdown.h2": "bold"})
@@ -43,11 +44,11 @@ class Terminal:
     def say(self, lines: Iterable[str]) -> None:
         """Show lines that are about the chat, not of it."""
         for line in lines:
-            self._console.print(Text(line, style="dim"))
+            self._console.print(Text(shown(line), style="dim"))
 
     def fail(self, problem: str) -> None:
         """Show what cannot be done."""
-        self._console.print(Text(problem, style="red"))
+        self._console.print(Text(shown(problem), style="red"))
 
     def show(self, chat: Chat, question: str) -> None:
         """Ask, and show the answer while it is generated, then what it cost."""

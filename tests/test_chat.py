@@ -5,10 +5,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import DummyInput
+from prompt_toolkit.output import DummyOutput
 
 from gemma_mtp_mlx import Pair, SamplingParams, chat_commands, hub, load
 from gemma_mtp_mlx.chat import Chat
@@ -16,6 +20,7 @@ from gemma_mtp_mlx.chat_report import count, ending, fitting, statistics, status
 from gemma_mtp_mlx.cli import main
 from gemma_mtp_mlx.cli_chat import CONTINUATION
 from gemma_mtp_mlx.conversation import Conversation, Turn
+from gemma_mtp_mlx.terminal import Terminal
 from tests.gemma_text import write_gemma_model
 
 PARAMS = SamplingParams(max_tokens=20)
@@ -124,6 +129,24 @@ def test_thinking_is_kept_but_not_shown_to_later_questions(make_chat: MakeChat, 
     assert "".join(p.text for p in pieces if p.kind == "reasoning") == "hm, so"
     assert chat.conversation.turns == [Turn("Q", "Yes", "hm, so")]
     assert {"role": "assistant", "content": "Yes"} in chat.conversation.messages("Next")
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_thinking_is_shown_unless_it_is_to_be_hidden(
+    make_chat: MakeChat,
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hide: bool,
+) -> None:
+    monkeypatch.setattr("gemma_mtp_mlx.terminal._silent_keys", nullcontext)  # there are none
+    chat = make_chat(_forced(pair, "<|channel>thought\nhm, so\n<channel|>**Yes**"))
+    with create_app_session(input=DummyInput(), output=DummyOutput()):
+        Terminal(hide_thinking=hide).show(chat, "Q")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[:-2] == (["Yes"] if hide else ["hm, so", "Yes"])
+    assert "--max-tokens" in lines[-2]  # the model's end is none of these tokens
+    assert f"context {chat.answers[0].used} of {chat.context}" in lines[-1]
 
 
 def test_a_stopped_answer_stays_and_the_chat_goes_on(make_chat: MakeChat, pair: Pair) -> None:

@@ -183,6 +183,15 @@ def test_what_has_grown_stands_on_the_terminal_once() -> None:
     assert found == [line for line in expected if line]
 
 
+def test_what_a_file_says_does_not_reach_the_terminal_s_controls(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
+        Terminal(hide_thinking=False).say(["a\x1b]0;title\x07b"])
+        Terminal(hide_thinking=False).fail("c\x9b2Jd")
+    assert capsys.readouterr().out == "a]0;titleb\nc2Jd\n"
+
+
 def test_the_end_of_what_is_longer_than_the_screen_is_redrawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
