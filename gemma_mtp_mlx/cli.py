@@ -7,14 +7,14 @@ imports what it needs when its options have been read.
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gemma_mtp_mlx import __version__, cli_models
+from gemma_mtp_mlx.cli_chat import chat
 from gemma_mtp_mlx.cli_convert import convert
 from gemma_mtp_mlx.cli_doctor import doctor
 from gemma_mtp_mlx.cli_inspect import inspect, verify
@@ -22,6 +22,7 @@ from gemma_mtp_mlx.cli_predict import predict
 from gemma_mtp_mlx.cli_report import report as report_
 from gemma_mtp_mlx.cli_serve import serve
 from gemma_mtp_mlx.options import (
+    NAME,
     DraftModel,
     DraftTokens,
     Fast,
@@ -31,6 +32,7 @@ from gemma_mtp_mlx.options import (
     System,
     Think,
     flag,
+    load_pair,
     opt,
     read_depth,
     read_prompts,
@@ -39,10 +41,6 @@ from gemma_mtp_mlx.options import (
 )
 from gemma_mtp_mlx.progress import say
 
-if TYPE_CHECKING:
-    from gemma_mtp_mlx.api import Pair
-
-NAME = "mlx-gemma-mtp"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 ROWS = 8
 
@@ -148,7 +146,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else text_or_file(grammar, ":"),
     )
-    pair = _load(model, draft_model, fast=fast)
+    pair = load_pair(model, draft_model, fast=fast)
     like: Any = {"system": system_prompt, "template": not raw, "thinking": thinking}
     ids = [pair.encode(text, **like) for text in prompts]
     requests = [pair.prompts.request(tokens, params) for tokens in ids]
@@ -211,7 +209,7 @@ def batch(
     with Path("/dev/stdin" if prompts_file == "-" else prompts_file).open("rb") as source:
         lines = read_lines(source, name, max_tokens)
     found = runner.read_output(output, lines, name)
-    pair = _load(model, draft_model, fast=fast)
+    pair = load_pair(model, draft_model, fast=fast)
     jobs = runner.prepare(lines, found, pair.prompts, name)
     total = sum(line.choices for line in lines)
     del lines
@@ -275,7 +273,7 @@ def cache_prompt(
         raise ValueError(f"there is no folder {prompt_cache_file.parent}; make it first")
     from gemma_mtp_mlx.cache import seat_size
 
-    pair = _load(model, "none")
+    pair = load_pair(model, "none")
     like: Any = {"system": system_prompt, "template": not raw, "thinking": thinking}
     # What a longer prompt has in common with this one: not the end of the user's turn.
     whole, longer = (pair.encode(text, **like) for text in (texts[0], texts[0] + "\n\nx"))
@@ -290,6 +288,7 @@ def cache_prompt(
     )
 
 
+app.command()(chat)
 app.command()(convert)
 app.command()(cli_models.pull)
 app.command("list")(cli_models.list_)
@@ -300,19 +299,6 @@ app.command()(doctor)
 app.command()(predict)
 app.command("report")(report_)
 app.command()(serve)
-
-
-def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":
-    from gemma_mtp_mlx import hub, load
-
-    if model is None:
-        say(f"{NAME}: no --model given: using the small built-in pair, trained on Python code")
-    began = time.perf_counter()
-    drafter = None if draft_model == "none" else draft_model or "auto"
-    pair = load(hub.builtin() if model is None else model, drafter, fast=fast)
-    plain = " without a drafter" if pair.drafter is None else ""
-    say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s", *pair.notes)
-    return pair
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,12 +2,19 @@
 
 import json
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_mtp_mlx.progress import say
+
+if TYPE_CHECKING:
+    from gemma_mtp_mlx.api import Pair
+
+NAME = "mlx-gemma-mtp"
 MEMORY = "What MLX may use; a Mac gives it 2/3 to 3/4 of its own."
 MOST_DRAFTS = 15  # round.MAX_DRAFTS, which takes long to import
 
@@ -100,3 +107,17 @@ def read_schema(given: str) -> Any:
         return json.loads(text_or_file(given, "{"))
     except json.JSONDecodeError as error:
         raise ValueError(f"--json-schema is not JSON: {error}") from error
+
+
+def load_pair(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":
+    """Load what --model and --draft-model name, and say so."""
+    from gemma_mtp_mlx import hub, load
+
+    if model is None:
+        say(f"{NAME}: no --model given: using the small built-in pair, trained on Python code")
+    began = time.perf_counter()
+    drafter = None if draft_model == "none" else draft_model or "auto"
+    pair = load(hub.builtin() if model is None else model, drafter, fast=fast)
+    plain = " without a drafter" if pair.drafter is None else ""
+    say(f"Loaded{plain} in {time.perf_counter() - began:.1f} s", *pair.notes)
+    return pair

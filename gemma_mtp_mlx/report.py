@@ -204,18 +204,18 @@ class Progress:
             f"Prompts: {totals.prompt_tokens} tokens, {totals.cached_tokens} of them taken over "
             "from earlier ones",
             f"Generation: {self._tokens} tokens in {seconds:.1f} s, "
-            f"{_rate(self._tokens, seconds)} tokens per second",
+            f"{rate(self._tokens, seconds)} tokens per second",
             f"Peak memory: {totals.peak_memory_bytes / 1e9:.3f} GB",
-            *_drafts(totals),
+            *drafts(totals),
             *depth(state),
         ]
 
     def _speed(self, running: Collection[Stats]) -> str:
-        rate = _rate(self._tokens, time.monotonic() - self._began)
+        speed = rate(self._tokens, time.monotonic() - self._began)
         drafted = self.totals.drafted + sum(stats.draft_n for stats in running)
         accepted = self.totals.accepted + sum(stats.draft_n_accepted for stats in running)
         kept = f", {accepted / drafted:.0%} accepted" if drafted else ""
-        return f"{rate} tokens/s, {len(running)} running{kept}"
+        return f"{speed} tokens/s, {len(running)} running{kept}"
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -261,12 +261,12 @@ def summary(results: Sequence[Result]) -> list[str]:
     prompt_s = sum(result.stats.prompt_s for result in results)
     generation_s = max(result.stats.generation_s for result in results)
     return [
-        f"Prompt: {totals.prompt_tokens} tokens, {_rate(totals.prompt_tokens, prompt_s)} "
+        f"Prompt: {totals.prompt_tokens} tokens, {rate(totals.prompt_tokens, prompt_s)} "
         "tokens per second",
         f"Generation: {totals.tokens} tokens, "
-        f"{_rate(totals.tokens - totals.requests, generation_s)} tokens per second",
+        f"{rate(totals.tokens - totals.requests, generation_s)} tokens per second",
         f"Peak memory: {totals.peak_memory_bytes / 1e9:.3f} GB",
-        *_drafts(totals),
+        *drafts(totals),
     ]
 
 
@@ -341,7 +341,8 @@ def describe(pair: Pair) -> list[str]:
     return lines
 
 
-def _drafts(totals: Totals) -> list[str]:
+def drafts(totals: Totals) -> list[str]:
+    """Return lines on what drafts were worth."""
     if not totals.drafted:
         return ["Drafts: none"]
     emitted, rounds = totals.tokens - totals.requests, totals.rounds
@@ -353,5 +354,6 @@ def _drafts(totals: Totals) -> list[str]:
     ]
 
 
-def _rate(count: int, seconds: float) -> str:
+def rate(count: int, seconds: float) -> str:
+    """Return so many per second, as text; "-" if there was no time."""
     return f"{count / seconds:.1f}" if seconds else "-"
