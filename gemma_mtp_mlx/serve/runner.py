@@ -17,6 +17,7 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from gemma_mtp_mlx.async_session import AsyncSession, SessionEnded
+from gemma_mtp_mlx.cache import seat_size
 from gemma_mtp_mlx.engine import Occupancy
 from gemma_mtp_mlx.prompts import Prompt
 from gemma_mtp_mlx.request import Request
@@ -200,8 +201,8 @@ class Runner:
         """
         assert self._session is not None
         positions = self.occupancy().positions
-        left = positions // self.settings.max_batch - prompt - 1
-        return max(left, min(LEAST_DEFAULT, positions - prompt - 1), 1)
+        share, whole = positions // self.settings.max_batch, positions
+        return max(share - seat_size(prompt), min(LEAST_DEFAULT, whole - seat_size(prompt)), 1)
 
 
 def failed(error: Exception) -> Refusal:
