@@ -14,7 +14,7 @@ from openai import OpenAI
 from gemma_mtp_mlx import Pair, SamplingParams, __version__
 from gemma_mtp_mlx.session import Result
 from tests.serve.process import ServerProcess
-from tests.serve.wire import request
+from tests.serve.wire import open_request, read_until, request, wait_until
 
 PROMPT = "def add(a, b):"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -341,6 +341,17 @@ def test_messages_that_cannot_be_read(asks: Client, message: Any, says: str) -> 
     with pytest.raises(ResponseError, match=says) as caught:
         asks.chat(model="builtin", messages=[message])
     assert caught.value.status_code == 400
+
+
+def test_who_leaves_frees_the_row(server: ServerProcess) -> None:
+    said = {"model": "builtin", "prompt": "x = 1\ny = 2", "options": {"seed": 1}}  # thousands
+    with open_request(
+        server.port, json.dumps(said).encode(), {"x-request-id": "left-1"}, "/api/generate"
+    ) as connection:
+        assert b'"done":false' in read_until(connection, b"\n{")
+    assert wait_until(lambda: server.health()["running"] == 0)
+    (entry,) = [entry for entry in server.entries() if entry["id"] == "left-1"]
+    assert entry["client_disconnected"] and entry["finish_reasons"] == ["abort"]
 
 
 def test_what_is_not_offered_is_not_found(asks: Client) -> None:

@@ -18,6 +18,9 @@ from tests.text_model import write_text_model
 SERVED = "mlx-community--gemma-4-e2b-it-8bit"
 
 
+SAMPLING = {"temperature": 2.0, "top_k": 1, "top_p": 0.95}
+
+
 class Place(NamedTuple):
     """A server that serves what looks like a published model, and the hub it pulls from."""
 
@@ -31,6 +34,7 @@ def place(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("pulls")
     snapshot = folder / f"models--{SERVED}" / "snapshots" / "a1b2"
     write_text_model(snapshot.parent).rename(snapshot)
+    (snapshot / "generation_config.json").write_text(json.dumps(SAMPLING | {"eos_token_id": []}))
     hub = HubServer()
     hub.add(TARGET, published / "target")
     hub.add(DRAFTER, published / "drafter")
@@ -40,6 +44,19 @@ def place(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with ServerProcess(folder / "log", *options, env=env) as server:
         yield Place(server, hub, env)
     hub.stop()
+
+
+def test_settings_left_out_are_the_models(place: Place) -> None:
+    def said(**options: float) -> str:
+        with Client(host=place.server.url) as client:
+            given = {"num_predict": 12, **options}
+            return str(client.generate("gemma4:e2b", prompt="a", options=given).response)
+
+    assert said(seed=1) == said(seed=2) == said(temperature=0)  # top_k is 1
+    assert said(seed=1, top_k=0) != said(seed=2, top_k=0)
+    with Client(host=place.server.url) as client:
+        shown = client.show("gemma4:e2b").parameters.splitlines()
+    assert [line.split() for line in shown] == [[n, str(value)] for n, value in SAMPLING.items()]
 
 
 def test_models_are_pulled(place: Place) -> None:
