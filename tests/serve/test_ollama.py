@@ -146,6 +146,7 @@ def test_a_conversation_goes_on(asks: Client, pair: Pair) -> None:
     more = asks.generate(model="builtin", prompt=PROMPT, context=said.context, options=GREEDY)
     ids = [*first, *expected.tokens, *pair.encode(PROMPT)[1:]]  # a text begins once
     assert more.response == plain(pair, ids, temperature=0).text
+    assert list(more.context)[: len(ids)] == ids and more.prompt_eval_count == len(ids)
     messages = [
         {"role": "System", "content": "Python"},
         {"role": "user", "content": "import"},
