@@ -58,7 +58,7 @@ def serve(
         list[str] | None, opt("ORIGIN", "A site whose pages may ask, or *; once or more.")
     ] = None,
 ) -> int:
-    """Serve a model over HTTP, with OpenAI's endpoints; needs the extra `serve`."""
+    """Serve a model over HTTP, with OpenAI's and Ollama's endpoints; needs the extra `serve`."""
     drafts = read_depth(num_draft_tokens)
     if kv_budget is not None and not 0 < kv_budget < math.inf:
         raise ValueError(f"--kv-budget is {kv_budget}; it must be a number of GB above 0")

@@ -41,11 +41,20 @@ class File(NamedTuple):
     digest: str
 
 
-def download(repository: str, revision: str, choose: Choose) -> Path:
+Tell = Callable[[File, int], None]  # a file, and how many of its bytes are there
+
+
+def untold(file: File, there: int) -> None:
+    """Tell nobody how a download goes on."""
+
+
+def download(repository: str, revision: str, choose: Choose, tell: Tell = untold) -> Path:
     """Return the folder of a repository's snapshot in the cache, after fetching what it lacks.
 
-    revision: a branch, tag or commit. choose: picks what is needed from the names of all files. If
-    the hub cannot be reached, a snapshot in the cache will do, unless it is incomplete.
+    revision: a branch, tag or commit. choose: picks what is needed from the names of all files.
+    tell: is told of each file that is fetched as it grows; what it raises ends the download, and
+    what has arrived is kept. If the hub cannot be reached, a snapshot in the cache will do, unless
+    it is incomplete.
     Raises: ValueError saying what was looked for, why it is not there and what to do.
     """
     there = snapshot_folder(repository, revision)
@@ -62,7 +71,7 @@ def download(repository: str, revision: str, choose: Choose) -> Path:
         folder = home / "snapshots" / commit
         files = [file for file in files if file.path in wanted]
         lacking = [file for file in files if not _has(folder / file.path, file.size)]
-        _fetch(repository, commit, lacking)
+        _fetch(repository, commit, lacking, tell)
         for file in sorted(lacking, key=lambda file: file.path == "config.json"):
             _link(home / "blobs" / file.digest, folder / file.path)
         _name(home, revision, commit)
@@ -165,7 +174,7 @@ def _patiently(call: Callable[[], T], passing: type[Exception]) -> T:
     return call()
 
 
-def _fetch(repository: str, commit: str, files: Sequence[File]) -> None:
+def _fetch(repository: str, commit: str, files: Sequence[File], tell: Tell) -> None:
     """Make each file a blob of the cache."""
     home = repository_folder(repository)
     blobs, locks = home / "blobs", home.parent / ".locks" / home.name
@@ -184,8 +193,9 @@ def _fetch(repository: str, commit: str, files: Sequence[File]) -> None:
             with WeakFileLock(locks / f"{digest}.lock"):
                 if (blobs / digest).exists():
                     continue
+                url = hf_hub_url(repository, file.path, revision=commit)
                 try:
-                    _fetch_file(hf_hub_url(repository, file.path, revision=commit), file, part, bar)
+                    _fetch_file(url, file, part, _Meter(bar, file, part, tell))
                 except OSError as error:
                     if error.errno in NO_ROOM:
                         rest = readable(total - int(bar.n))
@@ -209,7 +219,22 @@ def _part(blobs: Path, file: File) -> Path:
     return part
 
 
-def _fetch_file(url: str, file: File, part: Path, bar: tqdm) -> None:
+class _Meter:
+    """Counts the bytes of one file, on a repository's bar and for who wants to be told."""
+
+    def __init__(self, bar: tqdm, file: File, part: Path, tell: Tell) -> None:
+        self._bar, self._file, self._tell = bar, file, tell
+        self._there = part.stat().st_size if part.exists() else 0
+        self.update(0)
+
+    def update(self, count: int) -> None:
+        """Count bytes that have arrived, or that have to be fetched again."""
+        self._there += count
+        self._bar.update(count)
+        self._tell(self._file, self._there)
+
+
+def _fetch_file(url: str, file: File, part: Path, meter: _Meter) -> None:
     """Write what a file lacks."""
     with part.open("ab") as stream:
         _patiently(
@@ -220,7 +245,7 @@ def _fetch_file(url: str, file: File, part: Path, bar: tqdm) -> None:
                 headers={**build_hf_headers(), "Accept-Encoding": "identity"},
                 expected_size=file.size,
                 displayed_filename=file.path,
-                tqdm_class=lambda **_: nullcontext(bar),
+                tqdm_class=lambda **_: nullcontext(meter),
             ),
             HTTPError,
         )

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from gemma_mtp_mlx import catalogue
 from gemma_mtp_mlx.checkpoint import read_json
-from gemma_mtp_mlx.download import download, missing_files, remove_damaged, snapshot_folder
+from gemma_mtp_mlx.download import (
+    Tell,
+    download,
+    missing_files,
+    remove_damaged,
+    snapshot_folder,
+    untold,
+)
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:/([\w.-]+\.gguf))?(?:@([\w][\w./-]*))?")
@@ -17,10 +24,11 @@ _BUILTIN = Path(__file__).parent / "builtin"
 _CONVERTED = "conversion.json"
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, tell: Tell = untold) -> Path:
     """Return the folder of a model that can be loaded, downloaded once if it is on the hub.
 
     name: a folder, "owner/name" or "owner/name@revision" on the hub, or a short name, "gemma4:26b".
+    tell: is told how a download goes on; see `download`.
     Raises: ValueError saying what was looked for, why it is not there and what to do.
     """
     path = Path(name).expanduser()
@@ -45,13 +53,13 @@ def resolve(name: str) -> Path:
             f"the repository {repository} has no config.json with safetensors; give a model's"
         )
 
-    folder = download(repository, revision, choose)
+    folder = download(repository, revision, choose, tell)
     if not (folder / "config.json").is_file():
         raise _not_converted(name)
     return folder
 
 
-def resolve_source(name: str) -> Path:
+def resolve_source(name: str, tell: Tell = untold) -> Path:
     """Return what can be converted: the folder of a model, or a GGUF file.
 
     name: as for `resolve`, a GGUF file on disk, or "owner/name/FILE.gguf" on the hub. Of a
@@ -61,7 +69,7 @@ def resolve_source(name: str) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists():
-        return resolve(name)
+        return resolve(name, tell)
     repository, file, revision = _parse(name)
 
     def choose(files: Sequence[str]) -> list[str]:
@@ -71,7 +79,7 @@ def resolve_source(name: str) -> Path:
             return _model_files(files)
         return [file or _only_gguf(repository, files)]
 
-    folder = download(repository, revision, choose)
+    folder = download(repository, revision, choose, tell)
     if file is None and (folder / "config.json").is_file():
         return folder
     return folder / (file or _only_gguf(repository, [path.name for path in folder.iterdir()]))
@@ -86,18 +94,18 @@ def cached(name: str) -> Path | None:
     return None if folder is None or missing_files(folder) else folder
 
 
-def pull(name: str, *, drafter: bool = True) -> list[Path]:
+def pull(name: str, *, drafter: bool = True, tell: Tell = untold) -> list[Path]:
     """Download a model and, if it has one, its drafter; return their folders, or a GGUF file.
 
     What was there before is compared with its hashes too, and fetched again if it is damaged.
     """
     began = time.time()
-    target = resolve_source(name)
-    found = drafter_for(target) if drafter else None
-    return [_sound(path, began) for path in (target, found) if path is not None]
+    target = resolve_source(name, tell)
+    found = drafter_for(target, tell) if drafter else None
+    return [_sound(path, began, tell) for path in (target, found) if path is not None]
 
 
-def _sound(path: Path, began: float) -> Path:
+def _sound(path: Path, began: float, tell: Tell) -> Path:
     """Return a model after fetching again what of it was damaged before the time given."""
     folder = path if path.is_dir() else path.parent
     origin = repository_of(folder)
@@ -105,7 +113,7 @@ def _sound(path: Path, began: float) -> Path:
         return path
     repository, commit = origin
     file = "" if path == folder else f"/{path.name}"
-    return resolve_source(f"{repository}{file}@{commit}")
+    return resolve_source(f"{repository}{file}@{commit}", tell)
 
 
 def drafter_name(target: Path) -> str | None:
@@ -123,10 +131,10 @@ def drafter_name(target: Path) -> str | None:
     return None if origin is None else catalogue.drafter_repository(origin)
 
 
-def drafter_for(target: Path) -> Path | None:
+def drafter_for(target: Path, tell: Tell = untold) -> Path | None:
     """Return the folder of a target's drafter, downloaded if it is on the hub; see above."""
     name = drafter_name(target)
-    return None if name is None else resolve(name)
+    return None if name is None else resolve(name, tell)
 
 
 def repository_of(folder: Path) -> tuple[str, str] | None:

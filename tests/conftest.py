@@ -62,10 +62,15 @@ def hub(published: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    return environment(hub, tmp_path)
+
+
+def environment(hub: HubServer, folder: Path) -> dict[str, str]:
+    """Return a process's environment in which a hub is the only one. folder: for its cache."""
     mine = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
     return mine | {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HOME": str(folder / "hf"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         "HF_HUB_ETAG_TIMEOUT": "5",

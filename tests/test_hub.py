@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from gemma_mtp_mlx import hub
-from gemma_mtp_mlx.download import Choose
+from gemma_mtp_mlx.download import Choose, Tell
 
 TOKEN = "Invalid credentials in Authorization header"
 FILES = [
@@ -43,7 +43,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str
     asked: list[tuple[str, str, list[str]]] = []
     folder = model_folder(tmp_path / "snapshot")
 
-    def download(repository: str, revision: str, choose: Choose) -> Path:
+    def download(repository: str, revision: str, choose: Choose, tell: Tell) -> Path:
         asked.append((repository, revision, choose(FILES)))
         return folder
 

@@ -8,9 +8,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gemma_mtp_mlx import __version__
-from gemma_mtp_mlx.serve import errors, openai, operations
+from gemma_mtp_mlx.serve import errors, ollama, openai, operations
 from gemma_mtp_mlx.serve.guard import Guard
 from gemma_mtp_mlx.serve.log import Log, entry_of
+from gemma_mtp_mlx.serve.pulls import Pulls
 from gemma_mtp_mlx.serve.respond import Gone
 from gemma_mtp_mlx.serve.runner import Runner
 
@@ -22,8 +23,10 @@ def make_app(runner: Runner) -> FastAPI:
     app = FastAPI(title="mlx-gemma-mtp", version=__version__, docs_url=None, redoc_url=None)
     app.state.runner = runner
     app.state.settings = runner.settings
+    app.state.pulls = Pulls()
     app.include_router(operations.router)
     app.include_router(openai.router)
+    app.include_router(ollama.router)
     for kind in (RequestValidationError, HTTPException, ValueError):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Gone, _gone)

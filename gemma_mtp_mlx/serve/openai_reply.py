@@ -142,7 +142,7 @@ class ChatChoice:
         del self._waiting[: len(settled)]
         self._known += len(settled)
         new = [
-            _logprob(self._speller, token, logprob)
+            spelled_logprob(self._speller, token, logprob)
             for (token, logprob), kind in settled
             if kind == "text"
         ]
@@ -160,7 +160,9 @@ def _call(call: ToolCall, index: int) -> dict[str, Any]:
     }
 
 
-def _logprob(speller: LLTokenizer, token: int, logprob: Logprob) -> dict[str, Any]:
+def spelled_logprob(speller: LLTokenizer, token: int, logprob: Logprob) -> dict[str, Any]:
+    """Return a token with its log-probability and its best alternatives, as both protocols do."""
+
     def spelled(token: int, value: float) -> dict[str, Any]:
         data = speller.decode_bytes([token])
         return {
@@ -214,7 +216,7 @@ class TextChoice:
         """Return the log-probabilities of a chunk in the older shape: lists beside each other."""
         said: dict[str, list[Any]] = {name: [] for name in _TEXT_LOGPROBS}
         for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=True):
-            entry = _logprob(speller, token, logprob)
+            entry = spelled_logprob(speller, token, logprob)
             best = {other["token"]: other["logprob"] for other in entry["top_logprobs"]}
             row = (entry["token"], entry["logprob"], best, self._offset)
             for name, value in zip(_TEXT_LOGPROBS, row, strict=True):

@@ -40,7 +40,8 @@ class Ask:
 
     params: but for max_tokens, which is max_tokens, None for what a row's share of the memory
     allows. template: whether a text goes through the chat template. sections: whether answers
-    come in pieces, thinking and tool calls apart.
+    come in pieces, thinking and tool calls apart. before: tokens that go before the prompts, which
+    then do not begin a text.
     """
 
     prompts: Sequence[Prompt]
@@ -50,6 +51,7 @@ class Ask:
     template: bool = True
     sections: bool = True
     tools: Sequence[Mapping[str, Any]] = ()
+    before: Sequence[int] = ()
 
 
 class Answers:
@@ -182,6 +184,9 @@ class Runner:
             ids = prompts.encode(
                 prompt, template=ask.template, thinking=ask.params.thinking, tools=ask.tools
             )
+            if ask.before:
+                begins = prompts.tokenizer is not None and ids[0] == prompts.tokenizer.bos_token_id
+                ids = [*ask.before, *ids[begins:]]
             most = self._share(len(ids)) if ask.max_tokens is None else ask.max_tokens
             for params in replace(ask.params, max_tokens=most).choices(ask.choices):
                 request = prompts.request(ids, params, sections=ask.sections)

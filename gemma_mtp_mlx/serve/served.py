@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from gemma_mtp_mlx.serve.card import Card
 from gemma_mtp_mlx.serve.errors import Refusal
 from gemma_mtp_mlx.serve.tool_grammar import Markers
 
@@ -13,7 +14,8 @@ class Served:
 
     aliases: what it may be called beside its name, in lower case; drafter: its name, None if
     there is none; fingerprint: of the weights; context: positions, prompt and answer together;
-    thinks: whether it can; markers: how it spells tool calls, None if it does not.
+    thinks: whether it can; markers: how it spells tool calls, None if it does not; card: what else
+    is told of it.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Served:
     context: int
     thinks: bool
     markers: Markers | None
+    card: Card
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check(self, model: str | None) -> None:

@@ -27,6 +27,7 @@ from gemma_mtp_mlx.async_session import AsyncSession
 from gemma_mtp_mlx.constraint import Thinking
 from gemma_mtp_mlx.memory import left_bytes
 from gemma_mtp_mlx.serve.app import make_app
+from gemma_mtp_mlx.serve.card import Card
 from gemma_mtp_mlx.serve.log import write
 from gemma_mtp_mlx.serve.runner import Runner
 from gemma_mtp_mlx.serve.served import Served
@@ -76,6 +77,7 @@ def load_served(model: str | None, draft_model: str | None, *, fast: bool) -> tu
         context=pair.target.config.max_position_embeddings,
         thinks=Thinking.of(tokenizer) is not None,
         markers=Markers.of(tokenizer),
+        card=Card.of(folder, pair.target.config, str(tokenizer.chat_template or "")),
     )
     write([f"Loaded in {time.perf_counter() - began:.1f} s", *pair.notes])
     return pair, served
@@ -85,9 +87,12 @@ def _aliases(model: str | None, folder: Path) -> frozenset[str]:
     """What a model may be called: as it was given, by its repository, by a short name."""
     repository = hub.known_as(folder)
     names = {repository, repository.rpartition("/")[2], folder.resolve().name, model or ""}
+    published = catalogue.drafter_repository(repository) is not None  # and no fine-tune
     for size in catalogue.SIZES:
-        tags = (tag for tag, copy in size.copies().items() if copy == repository)
-        names |= {f"{catalogue.SHORT}{size.tag}{tag}" for tag in tags}
+        tags = {tag for tag, copy in size.copies().items() if copy == repository}
+        if published and catalogue.size_of(repository) == size.name:
+            tags.add("")  # in whatever format
+        names |= {f"{catalogue.SHORT}{own}{tag}" for own in (size.tag, size.name) for tag in tags}
     return frozenset(name.lower() for name in names if name)
 
 
