@@ -7,4 +7,7 @@ contenders.py the servers that are compared, and the folder that all of them loa
 load.py      closed and open loops
 figures.py   what time stamps say, over several runs, as tables
 plots.py     the same as PNG
+jobs.py      the soak's requests
+visitors.py  how the soak's clients behave: complete, leave, read slowly, ask for nonsense
+leaks.py     what a server holds, sample by sample, and whether it grows
 """
