@@ -11,7 +11,7 @@ from bench.serving.client import ask
 
 RSS_BYTES = 32e6  # what allocators may keep over a run; bench.soak's bound
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
-KV_BYTES = "vllm:kv_cache_used_bytes"
+KV_BYTES = "mlx_gemma_mtp:kv_bytes_used"
 HELD = ("running", "waiting", "kv_bytes")
 
 
@@ -26,11 +26,6 @@ class Sample:
     fds: int
     threads: int
     rss_bytes: int
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody is being served."""
-        return not self.running and not self.waiting
 
 
 async def sample(port: int, pid: int) -> Sample:
