@@ -7,18 +7,22 @@ thread they were built in.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gemma_mtp_mlx.prompts import Prompt
 from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.sampling import SamplingParams
 from gemma_mtp_mlx.session import Chunk, Session
 
+Answer = TypeVar("Answer")
+
 
 @dataclass(eq=False, slots=True)
 class _Listener:
-    """Who waits for a request's chunks; an exception ends the waiting."""
+    """Who waits for chunks; an exception ends the waiting."""
 
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Chunk | Exception] = field(default_factory=asyncio.Queue)
@@ -28,7 +32,12 @@ class _Listener:
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
 
-Command = Callable[[], None]
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What the session's thread is to do; fail is called instead once the session has ended."""
+
+    run: Callable[[Session], None]
+    fail: Callable[[Exception], None]
 
 
 class AsyncSession:
@@ -39,10 +48,10 @@ class AsyncSession:
 
     def __init__(self, make: Callable[[], Session]) -> None:
         self._make = make
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._listeners: dict[Request, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
-        self._session: Session | None = None
+        self._lock = threading.Lock()  # nothing is asked of a session that has ended
         self._failure: Exception | None = None
 
     async def __aenter__(self) -> "AsyncSession":
@@ -55,6 +64,37 @@ class AsyncSession:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the session has ended, by itself or because it was closed."""
+        return self._failure is not None
+
+    async def call(self, function: Callable[[Session], Answer]) -> Answer:
+        """Run a function between two steps, in the session's thread, and return what it returns.
+
+        Raises: what the function raises; RuntimeError if the session has ended.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+
+        def settle(how: Callable[[], None]) -> None:
+            if not future.cancelled():
+                how()
+
+        def run(session: Session) -> None:
+            try:
+                answer = function(session)
+            except Exception as error:  # the caller's
+                fail(error)
+            else:
+                loop.call_soon_threadsafe(settle, lambda: future.set_result(answer))
+
+        def fail(error: Exception) -> None:
+            loop.call_soon_threadsafe(settle, lambda: future.set_exception(error))
+
+        self._post(_Command(run, fail))
+        return await future
+
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncIterator[Chunk]:
@@ -62,70 +102,87 @@ class AsyncSession:
 
         Raises: ValueError for bad input; RuntimeError if the session has ended.
         """
+        settings = params or SamplingParams()
+        request = await self.call(lambda session: session.prompts.request(prompt, settings))
+        async for chunk in self.stream_requests([request]):
+            yield chunk
+
+    async def stream_requests(self, requests: Sequence[Request]) -> AsyncGenerator[Chunk]:
+        """Yield the output of requests that `Prompts.request` has made; see `stream`.
+
+        Chunks carry the request's index.
+        """
         listener = _Listener(asyncio.get_running_loop())
-        requests: list[Request] = []
-        self._commands.put(lambda: self._submit(listener, requests, prompt, params))
+        left = len(requests)
+        self._post(_Command(lambda s: self._submit(s, listener, requests), listener.send))
         try:
-            while True:
-                if self._failure is not None and listener.pieces.empty():
-                    raise RuntimeError("the session has ended") from self._failure
+            while left:
                 piece = await listener.pieces.get()
                 if isinstance(piece, Exception):
                     raise piece
+                left -= piece.result is not None
                 yield piece
-                if piece.result is not None:
-                    return
         finally:
-            self._commands.put(lambda: self._forget(requests))
+            if left:
+                with suppress(RuntimeError):  # it has ended, and with it the requests
+                    self._post(_Command(lambda s: self._forget(s, requests), lambda error: None))
 
-    def _submit(
-        self,
-        listener: _Listener,
-        requests: list[Request],
-        prompt: Prompt,
-        params: SamplingParams | None,
-    ) -> None:
-        assert self._session is not None
+    def _post(self, command: _Command) -> None:
+        """Ask the session's thread to do something. Raises: RuntimeError if it has ended."""
+        with self._lock:
+            if self._failure is not None:
+                raise _ended(self._failure)
+            self._commands.put(command)
+
+    def _submit(self, session: Session, listener: _Listener, requests: Sequence[Request]) -> None:
         try:
-            request = self._session.submit(prompt, params)
+            for index, request in enumerate(requests):
+                session.enqueue(request, index)
+                self._listeners[request] = listener
         except Exception as error:  # bad input is its sender's
             listener.send(error)
-            return
-        requests.append(request)
-        self._listeners[request] = listener
 
-    def _forget(self, requests: list[Request]) -> None:
+    def _forget(self, session: Session, requests: Sequence[Request]) -> None:
         """End requests that nobody waits for any more."""
-        assert self._session is not None
         for request in requests:
             if self._listeners.pop(request, None) is not None:
-                self._session.cancel(request)
+                session.cancel(request)
 
     def _run(self) -> None:
         try:
-            self._session = self._make()
-            while self._obey():
-                for chunk in self._session.step():
+            session = self._make()
+            while self._obey(session):
+                for chunk in session.step():
                     listener = self._listeners.get(chunk.request)
                     if listener is not None:
                         listener.send(chunk)
                     if chunk.result is not None:
                         self._listeners.pop(chunk.request, None)
-            self._failure = RuntimeError("closed")
+            failure: Exception = RuntimeError("closed")
         except Exception as error:  # of the whole batch: everybody has to know
-            self._failure = error
+            failure = error
+        with self._lock:
+            self._failure = failure
         for listener in self._listeners.values():
-            listener.send(RuntimeError(f"the session has ended: {self._failure}"))
+            listener.send(_ended(failure))
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command.fail(_ended(failure))
 
-    def _obey(self) -> bool:
+    def _obey(self, session: Session) -> bool:
         """Carry out what was asked for; wait for it if there is nothing else to do."""
-        assert self._session is not None
         while True:
-            idle = not self._session.engine.busy
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=not session.engine.busy)
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            command()
+            command.run(session)
+
+
+def _ended(failure: Exception) -> RuntimeError:
+    error = RuntimeError(f"the session has ended: {failure}")
+    error.__cause__ = failure
+    return error

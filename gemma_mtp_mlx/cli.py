@@ -17,6 +17,7 @@ import typer
 from gemma_mtp_mlx import __version__, cli_models
 from gemma_mtp_mlx.cli_convert import convert
 from gemma_mtp_mlx.cli_inspect import inspect, verify
+from gemma_mtp_mlx.cli_serve import serve
 from gemma_mtp_mlx.options import (
     DraftModel,
     DraftTokens,
@@ -292,6 +293,7 @@ app.command("list")(cli_models.list_)
 app.command()(cli_models.rm)
 app.command()(inspect)
 app.command()(verify)
+app.command()(serve)
 
 
 def _load(model: str | None, draft_model: str | None, *, fast: bool = False) -> "Pair":

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mtp_mlx.attention import Rows
-from gemma_mtp_mlx.cache import MAX_BLOCK, Cache
+from gemma_mtp_mlx.cache import MAX_BLOCK, Cache, position_bytes, ring_size, window_bytes
 from gemma_mtp_mlx.depth import AutoDepth, FixedDepth
 from gemma_mtp_mlx.host import host_rules
 from gemma_mtp_mlx.memory import Limits, plan, wire_memory
@@ -54,6 +54,21 @@ class Event:
     finish_reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What an engine holds: rows, positions of the full layers' pools, bytes of keys and values.
+
+    Used is what running rows hold; what is kept for later prompts makes room when it is needed.
+    """
+
+    running: int
+    waiting: int
+    positions: int
+    positions_used: int
+    bytes: int
+    bytes_used: int
+
+
 class Engine:
     """Requests in one running batch.
 
@@ -88,6 +103,23 @@ class Engine:
     def busy(self) -> bool:
         """Whether there is anything left to do."""
         return any((self.queue, self.prefilling is not None, self.running, self._ended))
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """What is held now. From another thread, what was held a moment ago."""
+        seating, config = self.seating, self.models.target.config
+        rows = len(self.running) + (self.prefilling is not None)
+        dtype = self.models.target.dtype
+        of_position = position_bytes(config, dtype)
+        of_row = window_bytes(config, dtype, ring_size(config))
+        return Occupancy(
+            running=rows,
+            waiting=len(self.queue),
+            positions=seating.positions,
+            positions_used=seating.positions_used,
+            bytes=self.cache.nbytes,
+            bytes_used=seating.positions_used * of_position + rows * of_row,
+        )
 
     def submit(self, request: Request) -> Request:
         """Put a request into the queue. Returns it: it is its own handle.

@@ -13,6 +13,7 @@ from gemma_mtp_mlx.penalties import check_bias
 from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.round import MAX_DRAFTS
 from gemma_mtp_mlx.sampling import SamplingParams
+from gemma_mtp_mlx.sections import SectionStream
 from gemma_mtp_mlx.tokens import TextStream
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
@@ -41,6 +42,7 @@ class Prompts:
         system: str | None = None,
         template: bool = True,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Return a prompt's token ids.
 
@@ -48,24 +50,25 @@ class Prompts:
         conversation; both go through the chat template if there is one. Token ids pass unchanged.
         system: a system message put first. template: False encodes a string as it is. thinking:
         whether the template asks the model to think first; None: if the tokenizer has tokens for
-        it, as mlx_lm.
+        it, as mlx_lm. tools: functions that the model may call, as OpenAI describes them.
         Raises: ValueError for an empty prompt or one that the template or the vocabulary refuses.
         """
         if not prompt:
             raise ValueError("the prompt is empty; give it at least one token")
         if isinstance(prompt, str):
-            return self._encode_text(prompt, system, template, thinking)
+            return self._encode_text(prompt, system, template, thinking, tools)
         ids = [item for item in prompt if isinstance(item, int)]
         if len(ids) == len(prompt):
             return self._check_ids(ids)
         messages = [dict(item) for item in prompt if isinstance(item, Mapping)]
         if len(messages) != len(prompt):
             raise ValueError("a prompt is a text, a list of messages or a list of token ids")
-        return self._apply_template(messages, system, thinking)
+        return self._apply_template(messages, system, thinking, tools)
 
-    def request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def request(self, prompt: Prompt, params: SamplingParams, *, sections: bool = False) -> Request:
         """Return a request for a prompt.
 
+        sections: whether its text is read by sections, in which case stop texts end text only.
         Raises: ValueError for a prompt longer than the context, or settings that do not fit the
         model or its tokenizer.
         """
@@ -76,11 +79,14 @@ class Prompts:
                 f"the prompt has {len(ids)} tokens and the model's context is {context}; shorten it"
             )
         self._check_params(params)
-        text = None
-        if self.tokenizer is not None or params.stop:
+        text, split = None, None
+        if sections:
+            split = SectionStream(self._text_tokenizer(), params.stop)
+        elif self.tokenizer is not None or params.stop:
             text = TextStream(self._text_tokenizer(), params.stop)
         constraint = self._constraint(params, ids)
-        return Request(ids, params, self.eos, text, constraint, max_tokens=context - len(ids))
+        left = context - len(ids)
+        return Request(ids, params, self.eos, text, constraint, max_tokens=left, sections=split)
 
     def _check_params(self, params: SamplingParams) -> None:
         depth = params.num_draft_tokens
@@ -93,9 +99,10 @@ class Prompts:
         if all(rule is None for rule in rules):
             return None
         thinking = None if params.thinking is False else self._thinking
-        return constraint_for(params, ids, self._grammar_tokenizer(), thinking)
+        return constraint_for(params, ids, self.speller(), thinking)
 
-    def _grammar_tokenizer(self) -> LLTokenizer:
+    def speller(self) -> LLTokenizer:
+        """Return what knows the bytes of every token, for grammars; made on first use."""
         if self._prepared is None:
             tokenizer, size = self._text_tokenizer(), self._config.vocab_size
             self._prepared = grammar_tokenizer(tokenizer, size, self.eos)
@@ -106,11 +113,17 @@ class Prompts:
         return Thinking.of(self._text_tokenizer())
 
     def _encode_text(
-        self, text: str, system: str | None, template: bool, thinking: bool | None
+        self,
+        text: str,
+        system: str | None,
+        template: bool,
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
     ) -> list[int]:
         tokenizer = self._text_tokenizer()
         if template and tokenizer.has_chat_template:
-            return self._apply_template([{"role": "user", "content": text}], system, thinking)
+            messages = [{"role": "user", "content": text}]
+            return self._apply_template(messages, system, thinking, tools)
         if system is not None:
             raise ValueError("a system prompt needs the chat template")
         if thinking:
@@ -118,7 +131,11 @@ class Prompts:
         return self._check_ids(tokenizer.encode(text))
 
     def _apply_template(
-        self, messages: list[dict[str, Any]], system: str | None, thinking: bool | None
+        self,
+        messages: list[dict[str, Any]],
+        system: str | None,
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
     ) -> list[int]:
         tokenizer = self._text_tokenizer()
         if not tokenizer.has_chat_template:
@@ -134,7 +151,11 @@ class Prompts:
                 raise ValueError(f"a message of the {message['role']} has no content")
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        asked = {} if thinking is None else {"enable_thinking": thinking}
+        if tools and not tokenizer.has_tool_calling:
+            raise ValueError("this model's tokenizer has no tokens for tool calls; leave tools out")
+        asked: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        if tools:
+            asked["tools"] = [dict(tool) for tool in tools]
         try:
             ids: list[int] = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, **asked

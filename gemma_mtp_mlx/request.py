@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from gemma_mtp_mlx.constraint import Constraint
 from gemma_mtp_mlx.outcome import Logprob
 from gemma_mtp_mlx.sampling import SamplingParams, fresh_seed
+from gemma_mtp_mlx.sections import SectionStream
 from gemma_mtp_mlx.tokens import TextStream
 
 
@@ -15,9 +16,9 @@ class Stats:
 
     cached_tokens: prompt tokens taken over from earlier prompts; queued_s: from submission to
     admission; prompt_s: from there to the first token, whatever else ran meanwhile; generation_s:
-    from the first token to the last; draft_rounds: verify passes; draft_n: tokens drafted;
-    draft_n_accepted: drafts that were emitted; accepted_per_position: how many rounds emitted
-    their first, second, ... draft.
+    from the first token to the last; draft_rounds: verify passes; draft_blocks: those that had
+    drafts; draft_n: tokens drafted; draft_n_accepted: drafts that were emitted;
+    accepted_per_position: how many rounds emitted their first, second, ... draft.
     """
 
     seed: int
@@ -29,6 +30,7 @@ class Stats:
     generation_s: float = 0.0
     peak_memory_bytes: int = 0
     draft_rounds: int = 0
+    draft_blocks: int = 0
     draft_n: int = 0
     draft_n_accepted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
@@ -58,7 +60,8 @@ class Request:
     """A request's life on the host.
 
     finish_reason: None while it lives, then "stop", "length", "cancelled" or "error"; error: what
-    went wrong in the last case. constraint: what its tokens must obey, None if nothing.
+    went wrong in the last case. text, sections: how its tokens are read, where stop texts are
+    found; either or none. constraint: what its tokens must obey, None if nothing.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Request:
         text: TextStream | None = None,
         constraint: Constraint | None = None,
         max_tokens: int | None = None,
+        sections: SectionStream | None = None,
     ) -> None:
         """max_tokens: a lower limit than the settings', where the context ends before."""
         self.prompt = list(prompt)
@@ -76,6 +80,7 @@ class Request:
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.max_tokens = min(params.max_tokens, max_tokens or params.max_tokens)
         self.text = text
+        self.sections = sections
         self.constraint = constraint
         self.tokens: list[int] = []
         self.logprobs: list[Logprob] = []  # one per token if the settings ask for them
@@ -114,10 +119,10 @@ class Request:
 
     def extend(self, tokens: Sequence[int], logprobs: Sequence[Logprob] = ()) -> list[int]:
         """Append tokens up to the one that ends the request. Returns those appended."""
-        before = len(self.tokens)
+        before, reader = len(self.tokens), self.text or self.sections
         for token in tokens:
             self.tokens.append(token)
-            if token in self._eos or (self.text is not None and self.text.add(token)):
+            if token in self._eos or (reader is not None and reader.add(token)):
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.max_tokens:
                 self.finish_reason = "length"
@@ -129,8 +134,8 @@ class Request:
             self.logprobs += [Logprob(own, top[:most]) for own, top in logprobs[: len(added)]]
         if self.constraint is not None and not self.finish_reason:
             self.constraint.advance(added)
-        if self.finish_reason and self.text is not None:
-            self.text.finish()
+        if self.finish_reason and reader is not None:
+            reader.finish()
         self.stats.generation_tokens = len(self.tokens)
         return added
 
@@ -142,6 +147,7 @@ class Request:
         """Count one verify pass of which `accepted` drafts were emitted."""
         stats = self.stats
         stats.draft_rounds += 1
+        stats.draft_blocks += drafted > 0
         stats.draft_n += drafted
         stats.draft_n_accepted += accepted
         stats.accepted_per_position += [0] * (drafted - len(stats.accepted_per_position))

@@ -41,6 +41,17 @@ class Seating:
         """Rows that could still be seated, memory allowing."""
         return len(self._slots)
 
+    @property
+    def positions(self) -> int:
+        """Positions of the pools."""
+        return self._segments.size
+
+    @property
+    def positions_used(self) -> int:
+        """Positions that seated rows hold."""
+        kept = sum(segment.size for segment in self.prefixes.segments)
+        return max(self._segments.size - self._segments.free - kept, 0)
+
     def check(self, request: Request) -> None:
         """Raise ValueError with the numbers if the request can never be seated."""
         needed, there = seat_size(request.positions), self._segments.size

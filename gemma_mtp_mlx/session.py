@@ -1,7 +1,7 @@
 """The text layer over the engine: prompts in, pieces of text out, many requests at a time."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma_mtp_mlx.depth import AutoDepth, DepthState, FixedDepth
@@ -13,6 +13,7 @@ from gemma_mtp_mlx.prompts import Prompt, Prompts
 from gemma_mtp_mlx.request import Request, Stats
 from gemma_mtp_mlx.round import Models
 from gemma_mtp_mlx.sampling import SamplingParams
+from gemma_mtp_mlx.sections import Piece
 from gemma_mtp_mlx.weights import fingerprint
 
 
@@ -36,7 +37,8 @@ class Result:
 class Chunk:
     """A piece of one prompt's output. result: set in the prompt's last chunk only.
 
-    index: which of the prompts given together; 0 for a single one.
+    index: which of the prompts given together; 0 for a single one. logprobs: of the tokens, if
+    asked for; pieces: the text by sections, if asked for.
     """
 
     index: int
@@ -44,6 +46,8 @@ class Chunk:
     tokens: list[int]
     result: Result | None
     request: Request
+    logprobs: list[Logprob] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
 
 
 class Session:
@@ -77,7 +81,10 @@ class Session:
 
         Raises: ValueError for bad input or one that can never fit.
         """
-        request = self.prompts.request(prompt, params or SamplingParams())
+        return self.enqueue(self.prompts.request(prompt, params or SamplingParams()), index)
+
+    def enqueue(self, request: Request, index: int = 0) -> Request:
+        """Queue a request that `prompts.request` has made, and return it; see `submit`."""
         self.engine.submit(request)
         self._indices[request] = index
         return request
@@ -160,8 +167,7 @@ class Session:
     def _stream(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         mine = set(requests)
         for index, request in enumerate(requests):
-            self.engine.submit(request)
-            self._indices[request] = index
+            self.enqueue(request, index)
         try:
             while mine:
                 for chunk in self.step():
@@ -176,11 +182,13 @@ class Session:
     def _chunk(self, event: Event) -> Chunk:
         request = event.request
         text = "" if request.text is None else request.text.take()
+        pieces = [] if request.sections is None else request.sections.take()
         result = None
         index = self._indices[request]
         if event.finish_reason is not None:
             del self._indices[request]
-            whole = "" if request.text is None else request.text.text
+            reader = request.text or request.sections
+            whole = "" if reader is None else reader.text
             result = Result(
                 whole,
                 request.tokens,
@@ -189,7 +197,7 @@ class Session:
                 request.logprobs,
                 request.error,
             )
-        return Chunk(index, text, event.tokens, result, request)
+        return Chunk(index, text, event.tokens, result, request, event.logprobs, pieces)
 
 
 def collect(chunks: Iterable[Chunk], count: int) -> list[Result]:

@@ -15,12 +15,12 @@ MOST_LINES = 400
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_convert", "cli_inspect", "cli_models"},
+    {"cli_convert", "cli_inspect", "cli_models", "cli_serve"},
     {"options", "inspect_report", "progress"},
     {"inspection", "verification"},
     {"report"},
     {"batch"},
-    {"lines", "convert"},
+    {"lines", "convert", "serve"},
     {"__init__"},
     {"api", "async_session"},
     {"session", "hub_cache"},
@@ -33,6 +33,7 @@ LEVELS = [
     {"readers"},
     {"cache", "kernels"},
     {"attention", "request", "tensor_names"},
+    {"sections"},
     {"constraint", "penalties", "outcome"},
     {"config", "sampling", "tokens", "checkpoint", "device", "segments", "catalogue"},
     {"fields"},
@@ -74,7 +75,8 @@ def _sources() -> dict[str, Path]:
     own = {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
     convert = {f"convert.{path.stem}": path for path in (ROOT / "convert").glob("*.py")}
     kernels = {f"kernels.{path.stem}": path for path in (ROOT / PACKAGE / "kernels").glob("*.py")}
-    return own | convert | kernels
+    serve = {f"serve.{path.stem}": path for path in (ROOT / PACKAGE / "serve").glob("*.py")}
+    return own | convert | kernels | serve
 
 
 def _level(module: str) -> int:

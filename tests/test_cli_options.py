@@ -85,6 +85,21 @@ COMMANDS = {
         "model": "required",
         "--source": None,
     },
+    "serve": {
+        "--model": None,
+        "--draft-model": None,
+        "--num-draft-tokens": "auto",
+        "--fast": False,
+        "--host": "127.0.0.1",
+        "--port": 8080,
+        "--max-batch": 8,
+        "--max-queue": 64,
+        "--kv-budget": None,
+        "--api-key": None,
+        "--speculative-config": None,
+        "--allow-host": None,
+        "--allow-origin": None,
+    },
 }
 MOST_OPTIONS = 29
 

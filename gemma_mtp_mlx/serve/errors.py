@@ -1,0 +1,79 @@
+"""What is refused, and how each protocol says so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class Refusal(HTTPException):
+    """A request that is not served. param: the field at fault; code: OpenAI's short word for it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param = param
+        self.code = code
+
+
+def response(path: str, error: Exception) -> JSONResponse:
+    """Return an error as the protocol of a path spells it."""
+    refusal = as_refusal(error)
+    return JSONResponse(body(path, refusal), refusal.status_code, refusal.headers)
+
+
+def body(path: str, refusal: Refusal) -> dict[str, Any]:
+    """Return what a refusal's response says: Ollama's are a text, OpenAI's an object."""
+    if path.startswith("/api/"):
+        return {"error": refusal.detail}
+    status = refusal.status_code
+    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    return {
+        "error": {
+            "message": refusal.detail,
+            "type": kind,
+            "param": refusal.param,
+            "code": refusal.code,
+        }
+    }
+
+
+def as_refusal(error: Exception) -> Refusal:
+    """Return what an exception means to a client: bad input is a ValueError's."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    if isinstance(error, HTTPException):
+        return Refusal(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, ValueError):
+        return Refusal(400, " ".join(str(error).split()))
+    return Refusal(500, "the server failed; its log says how", code="internal_error")
+
+
+def _invalid(error: RequestValidationError) -> Refusal:
+    """Name the first field that is wrong, and what is."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        why = first.get("ctx", {}).get("error", "")
+        return Refusal(400, f"the body is not JSON: {why} at character {place[0]}")
+    name = ".".join(place)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return Refusal(400, f"{name}: {message}" if name else message, param=name or None)

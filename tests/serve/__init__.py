@@ -1,0 +1,1 @@
+"""The server, driven over loopback by its clients' own packages."""
