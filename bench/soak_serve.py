@@ -13,9 +13,10 @@ log-probabilities, every part its beginning.
 
 Rows in use, waiting requests, KV bytes, file descriptors, threads and resident memory are sampled
 every 5 seconds (a hundredth of a short run). After a tenth of the time, at most two minutes, and at
-the end, clients pause until the server is idle: it must then hold no more than before; resident
-memory may grow by 32 MB, by the line through its samples. Exits with 1 if anything is wrong. Ctrl-C
-ends the run with the summary so far. One JSON line comes last.
+the end, clients pause until the server is idle: it must then hold no more than before, but for 40
+threads of pools that fill; resident memory may grow by 32 MB, by the line through its samples.
+Exits with 1 if anything is wrong. Ctrl-C ends the run with the summary so far. One JSON line comes
+last.
 """
 
 import argparse
@@ -43,16 +44,7 @@ IDLE_S = 30.0  # so long may the last rows take to be given up
 
 def main() -> None:
     """Run, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--model", default=str(hub.builtin()))
-    parser.add_argument("--jobs", type=int, default=200, help="distinct requests")
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--queue", type=int, default=16)
-    parser.add_argument("--burst-every", type=float, default=30, help="seconds")
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    args = parse_arguments(sys.argv[1:])
     try:
         summary = asyncio.run(soak(args))
     except KeyboardInterrupt:
@@ -67,6 +59,20 @@ def main() -> None:
     print(json.dumps(summary))
     if not summary["sound"]:
         sys.exit(1)
+
+
+def parse_arguments(given: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--model", default=str(hub.builtin()))
+    parser.add_argument("--jobs", type=int, default=200, help="distinct requests")
+    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--queue", type=int, default=16)
+    parser.add_argument("--burst-every", type=float, default=30, help="seconds")
+    parser.add_argument("--out", type=Path, default=None)
+    return parser.parse_args(given)
 
 
 async def soak(args: argparse.Namespace) -> dict[str, Any]:

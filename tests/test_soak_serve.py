@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from bench.serving.answers import Answer, difference
 from bench.serving.jobs import Job
 from bench.serving.leaks import Sample
 from bench.serving.visitors import Ledger, Visitor
+from bench.soak_serve import parse_arguments, soak
 from tests.scripted_server import ScriptedServer, streamed
 
 
@@ -27,6 +29,7 @@ def test_jobs_are_the_same_again_and_reach_everything() -> None:
     assert all("stream" not in job.body for job in made)
 
 
+LEAKS = (("running", 1), ("waiting", 2), ("kv_bytes", 65.0), ("fds", 21), ("threads", 50))
 JOB = Job(3, "/v1/chat/completions", {"model": "m", "messages": []})
 
 
@@ -91,7 +94,7 @@ def test_nonsense_has_to_be_refused(status: int, errors: int) -> None:
 def test_a_planted_leak_is_noticed() -> None:
     before = Sample(0.0, 0, 0, 64.0, 20, 9, 10**8)
     assert leaks.leaks(before, replace(before, at=9.0, rss_bytes=10**9), []) == []
-    for name, value in (("running", 1), ("waiting", 2), ("kv_bytes", 65.0), ("fds", 21)):
+    for name, value in LEAKS:
         (found,) = leaks.leaks(before, replace(before, **{name: value}), [])
         assert found.startswith(f"{name}: ")
     steady = [replace(before, at=float(n), rss_bytes=10**8 + n % 2 * 10**7) for n in range(100)]
@@ -109,3 +112,11 @@ def test_metrics_are_summed_over_labels() -> None:
     assert leaks.read_metrics(text) == {"a": 3.5, "b": 300.0}
     with pytest.raises(ValueError, match="no vllm:x"):
         leaks.metric({}, "vllm:x")
+
+
+def test_a_short_soak_of_the_real_server_is_sound() -> None:
+    given = ["--minutes", "0.1", "--jobs", "4", "--clients", "6", "--burst-every", "2"]
+    summary = asyncio.run(soak(parse_arguments([*given, "--batch", "4", "--queue", "4"])))
+    assert summary["sound"], summary
+    assert summary["jobs"] == 4 and summary["requests"]["completed"] > 4
+    assert summary["most"]["running"] > 1 and summary["idle"][-1]["kv_bytes"] == 0
