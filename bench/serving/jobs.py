@@ -111,6 +111,6 @@ def bad_requests(model: str) -> list[tuple[str, Any]]:
         (chat, {"model": model, "messages": said, "top_logprobs": 21, "logprobs": True}),
         (completions, {"model": model, "prompt": ""}),
         (completions, {"model": model, "prompt": "Hello", "top_p": 7}),
-        (completions, {"model": model, "prompt": "Hello", "max_tokens": 10**30}),
+        (completions, {"model": model, "prompt": "Hello", "max_tokens": "many"}),
         ("/v1/nothing", {}),
     ]

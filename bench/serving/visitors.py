@@ -93,7 +93,7 @@ class Visitor:
         if answer.complete:
             self._ledger.counts["completed"] += 1
             self._ledger.tokens += answer.completion_tokens or 0
-        elif answer.texts:
+        elif any(answer.texts.values()):
             self._ledger.counts["parts"] += 1
         problem = difference(answer, self._wanted[job.number])
         if problem is not None:
