@@ -20,6 +20,10 @@ from gemma_mtp_mlx.session import Chunk, Session
 Answer = TypeVar("Answer")
 
 
+class SessionEnded(RuntimeError):
+    """The session has failed as a whole, or was closed."""
+
+
 @dataclass(eq=False, slots=True)
 class _Listener:
     """Who waits for chunks; an exception ends the waiting."""
@@ -72,7 +76,7 @@ class AsyncSession:
     async def call(self, function: Callable[[Session], Answer]) -> Answer:
         """Run a function between two steps, in the session's thread, and return what it returns.
 
-        Raises: what the function raises; RuntimeError if the session has ended.
+        Raises: what the function raises; SessionEnded.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
@@ -100,7 +104,7 @@ class AsyncSession:
     ) -> AsyncIterator[Chunk]:
         """Yield a prompt's output as it is generated; closing the iterator ends the request.
 
-        Raises: ValueError for bad input; RuntimeError if the session has ended.
+        Raises: ValueError for bad input; SessionEnded.
         """
         settings = params or SamplingParams()
         request = await self.call(lambda session: session.prompts.request(prompt, settings))
@@ -124,11 +128,11 @@ class AsyncSession:
                 yield piece
         finally:
             if left:
-                with suppress(RuntimeError):  # it has ended, and with it the requests
+                with suppress(SessionEnded):  # and with it the requests
                     self._post(_Command(lambda s: self._forget(s, requests), lambda error: None))
 
     def _post(self, command: _Command) -> None:
-        """Ask the session's thread to do something. Raises: RuntimeError if it has ended."""
+        """Ask the session's thread to do something. Raises: SessionEnded."""
         with self._lock:
             if self._failure is not None:
                 raise _ended(self._failure)
@@ -182,7 +186,7 @@ class AsyncSession:
             command.run(session)
 
 
-def _ended(failure: Exception) -> RuntimeError:
-    error = RuntimeError(f"the session has ended: {failure}")
+def _ended(failure: Exception) -> SessionEnded:
+    error = SessionEnded(f"the session has ended: {failure}")
     error.__cause__ = failure
     return error

@@ -1,5 +1,6 @@
 """The command that serves: `serve`."""
 
+import importlib
 import json
 import math
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from gemma_mtp_mlx.options import (
 from gemma_mtp_mlx.progress import say
 
 ROWS = 8
+EXTRA = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 KEY = "MLX_GEMMA_MTP_API_KEY"
 METHODS = ("mtp", "gemma4_mtp", "draft_model")
 
@@ -67,14 +69,14 @@ def serve(
         draft_model, drafts = read_speculative(speculative_config)
     if api_key == "":
         raise ValueError("--api-key is empty; give a key, or leave it out to ask for none")
-    try:
-        from gemma_mtp_mlx.serve import server
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("gemma_mtp_mlx"):
-            raise
-        raise ValueError(
-            f"serve needs {error.name}; install it with: pip install 'mlx-gemma-mtp[serve]'"
-        ) from error
+    for name in EXTRA:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"serve needs {error.name}; install it with: pip install 'mlx-gemma-mtp[serve]'"
+            ) from error
+    from gemma_mtp_mlx.serve import server
     from gemma_mtp_mlx.serve.settings import Settings
 
     settings = Settings(
@@ -85,12 +87,12 @@ def serve(
         allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()),
     )
-    listener = server.bind(host, port)
-    if model is None:
-        say("No --model given: serving the small built-in pair, trained on Python code")
-    pair, served = server.load_served(model, draft_model, fast=fast)
-    budget = None if kv_budget is None else int(kv_budget * 1e9)
-    return server.run(server.make_runner(pair, served, settings, drafts, budget), listener)
+    with server.bind(host, port) as listener:
+        if model is None:
+            say("No --model given: serving the small built-in pair, trained on Python code")
+        pair, served = server.load_served(model, draft_model, fast=fast)
+        budget = None if kv_budget is None else int(kv_budget * 1e9)
+        return server.run(server.make_runner(pair, served, settings, drafts, budget), listener)
 
 
 def read_speculative(text: str) -> tuple[str | None, int | None]:

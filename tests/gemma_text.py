@@ -38,7 +38,7 @@ TEMPLATE = """\
 {%- if messages[0]['role'] in ('system', 'developer') -%}
 {{- messages[0]['content'] -}}{%- set turns = messages[1:] -%}
 {%- endif -%}
-{%- for tool in tools -%}
+{%- for tool in tools or [] -%}
 {{- '<|tool>declaration:' ~ tool['function']['name'] ~ '<tool|>' -}}
 {%- endfor -%}
 {{- '<turn|>\\n' -}}

@@ -1,5 +1,6 @@
 """What is refused, and how each protocol says so."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+# In a place that pydantic names, beside the types of what may be this or that.
+_FIELD = re.compile(r"(?!(str|int|float|bool|dict)$)[a-z_]+|[0-9]+")
 
 
 class Refusal(HTTPException):
@@ -68,12 +71,14 @@ def as_refusal(error: Exception) -> Refusal:
 
 
 def _invalid(error: RequestValidationError) -> Refusal:
-    """Name the first field that is wrong, and what is."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        why = first.get("ctx", {}).get("error", "")
-        return Refusal(400, f"the body is not JSON: {why} at character {place[0]}")
-    name = ".".join(place)
-    message = str(first["msg"]).removeprefix("Value error, ")
+    """Name the field that is wrong, and what is.
+
+    Of what may be this or that there is an error for each; the one that goes deepest is meant.
+    """
+    found = max(error.errors(), key=lambda each: len(each["loc"]))
+    if found["type"] == "json_invalid":
+        why = found.get("ctx", {}).get("error", "")
+        return Refusal(400, f"the body is not JSON: {why} at character {found['loc'][-1]}")
+    name = ".".join(part for part in map(str, found["loc"][1:]) if _FIELD.fullmatch(part))
+    message = str(found["msg"]).removeprefix("Value error, ")
     return Refusal(400, f"{name}: {message}" if name else message, param=name or None)

@@ -9,14 +9,14 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gemma_mtp_mlx.request import Request
 from gemma_mtp_mlx.serve import errors
-from gemma_mtp_mlx.session import Result
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 QUIET = ("/health", "/metrics")  # asked every few seconds
@@ -36,13 +36,12 @@ class Entry:
     ttft_s: float | None = None
     disconnected: bool = False
     error: str | None = None
-    prompt_tokens: int = 0
-    results: list[Result] = field(default_factory=list)
+    requests: Sequence[Request] = ()
 
     def line(self) -> str:
         """Return it as one line of JSON."""
         seconds = time.perf_counter() - self.began
-        stats = [result.stats for result in self.results]
+        stats = [request.stats for request in self.requests]
         tokens = sum(each.generation_tokens for each in stats)
         drafted = sum(each.draft_n for each in stats)
         accepted = sum(each.draft_n_accepted for each in stats)
@@ -58,9 +57,10 @@ class Entry:
             "error": self.error,
             "client_disconnected": self.disconnected,
         }
-        if self.prompt_tokens:
+        if stats:
             said |= {
-                "prompt_tokens": self.prompt_tokens,
+                "answers": len(stats),
+                "prompt_tokens": stats[0].prompt_tokens,
                 "cached_tokens": sum(each.cached_tokens for each in stats),
                 "completion_tokens": tokens,
                 "queued_ms": round(1000 * max((each.queued_s for each in stats), default=0.0), 1),
@@ -70,9 +70,14 @@ class Entry:
                 "drafted": drafted,
                 "accepted": accepted,
                 "acceptance": round(accepted / drafted, 3) if drafted else None,
-                "finish_reasons": [result.finish_reason for result in self.results],
+                "finish_reasons": [ending(request) for request in self.requests],
             }
         return json.dumps({name: value for name, value in said.items() if value is not None})
+
+
+def ending(request: Request) -> str:
+    """How an answer ended: stop, length, error, or abort if nobody waited for its end."""
+    return "abort" if request.finish_reason in (None, "cancelled") else str(request.finish_reason)
 
 
 def entry_of(scope: Scope) -> Entry:

@@ -1,11 +1,14 @@
 """What a server counts, in the names that vLLM's dashboards know, for Prometheus."""
 
-from collections.abc import Callable
+import copy
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from gemma_mtp_mlx.engine import Occupancy
-from gemma_mtp_mlx.request import Stats
+from gemma_mtp_mlx.request import Request, Stats
+from gemma_mtp_mlx.serve.log import Entry, ending
 from gemma_mtp_mlx.session import Chunk
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -92,20 +95,43 @@ class Metrics:
         """Count a response."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    def tokens(self, count: int, since_s: float, *, first: bool) -> None:
+    def page(self) -> bytes:
+        """Return all of it as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+    async def watch(
+        self, chunks: AsyncIterable[Chunk], requests: Sequence[Request], entry: Entry
+    ) -> AsyncGenerator[Chunk]:
+        """Yield the chunks of a request's answers, and count what they bring."""
+        last = [entry.began] * len(requests)
+        seen = [copy.deepcopy(request.stats) for request in requests]
+        try:
+            async for chunk in chunks:
+                index = chunk.index
+                if chunk.tokens:
+                    now = time.perf_counter()
+                    first = last[index] == entry.began
+                    self._count_tokens(len(chunk.tokens), now - last[index], first=first)
+                    last[index] = now
+                    entry.ttft_s = now - entry.began if entry.ttft_s is None else entry.ttft_s
+                stats = copy.deepcopy(chunk.request.stats)
+                self._count_drafts(seen[index], stats)
+                seen[index] = stats
+                yield chunk
+        finally:
+            for request in requests:
+                self._ended.labels(self._model, ending(request)).inc()
+
+    def _count_tokens(self, count: int, since_s: float, *, first: bool) -> None:
         """Count tokens that came since_s after the request, or after the tokens before them."""
         self._generated.inc(count)
         if first:
             self._first.observe(since_s)
-        for _ in range(count - first):
-            self._between.observe(0.0 if first else since_s / count)
+        else:
+            for _ in range(count):
+                self._between.observe(since_s / count)
 
-    def ended(self, chunk: Chunk) -> None:
-        """Count an answer that has ended."""
-        assert chunk.result is not None
-        self._ended.labels(self._model, chunk.result.finish_reason).inc()
-
-    def drafts(self, before: Stats, now: Stats) -> None:
+    def _count_drafts(self, before: Stats, now: Stats) -> None:
         """Count what a row's drafts were worth between two looks at its statistics."""
         self._drafts.inc(now.draft_blocks - before.draft_blocks)
         self._drafted.inc(now.draft_n - before.draft_n)
@@ -114,7 +140,3 @@ class Metrics:
         for position, count in enumerate(now.accepted_per_position):
             child = self._per_position.labels(self._model, str(position))
             child.inc(count - earlier[position])
-
-    def page(self) -> bytes:
-        """Return all of it as Prometheus reads it."""
-        return generate_latest(self._registry)

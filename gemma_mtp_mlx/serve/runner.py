@@ -6,7 +6,6 @@ the event loop.
 """
 
 import asyncio
-import copy
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 from llguidance import LLTokenizer
 
-from gemma_mtp_mlx.async_session import AsyncSession
+from gemma_mtp_mlx.async_session import AsyncSession, SessionEnded
+from gemma_mtp_mlx.cache import seat_size
 from gemma_mtp_mlx.engine import Occupancy
 from gemma_mtp_mlx.prompts import Prompt
 from gemma_mtp_mlx.request import Request
@@ -58,47 +58,31 @@ class Answers:
     Iterate once, for chunks whose index is the answer's; results has what is done by then.
     """
 
-    def __init__(self, requests: Sequence[Request], choices: int, runner: "Runner", entry: Entry):
+    def __init__(
+        self, chunks: AsyncGenerator[Chunk], requests: Sequence[Request], choices: int, entry: Entry
+    ) -> None:
         self.requests = requests
         self.prompt_tokens = sum(len(request.prompt) for request in requests[::choices])
-        self._runner = runner
+        self._chunks = chunks
         self._entry = entry
-        self._results: list[Result | None] = [None] * len(requests)
-        entry.prompt_tokens = self.prompt_tokens
+        self._results: dict[int, Result] = {}
 
     @property
     def results(self) -> list[Result]:
         """The results that are there."""
-        return [result for result in self._results if result is not None]
+        return [self._results[index] for index in sorted(self._results)]
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Yield chunks as they come. Raises: Refusal for an answer that failed."""
-        entry, metrics = self._entry, self._runner.metrics
-        last = [entry.began] * len(self.requests)
-        first = [True] * len(self.requests)
-        seen = [copy.deepcopy(request.stats) for request in self.requests]
-        chunks: AsyncGenerator[Chunk] = self._runner.session.stream_requests(self.requests)
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                index, now = chunk.index, time.perf_counter()
-                if chunk.tokens:
-                    since = now - last[index]
-                    metrics.tokens(len(chunk.tokens), since, first=first[index])
-                    entry.ttft_s = since if entry.ttft_s is None else entry.ttft_s
-                    first[index], last[index] = False, now
-                stats = copy.deepcopy(chunk.request.stats)
-                metrics.drafts(seen[index], stats)
-                seen[index] = stats
+        try:
+            async for chunk in self._chunks:
                 if chunk.result is not None:
-                    self._end(chunk, chunk.result)
+                    self._results[chunk.index] = chunk.result
+                    if chunk.result.error is not None:
+                        raise failed(chunk.result.error)
                 yield chunk
-
-    def _end(self, chunk: Chunk, result: Result) -> None:
-        self._results[chunk.index] = result
-        self._entry.results.append(result)
-        self._runner.metrics.ended(chunk)
-        if result.error is not None:
-            raise failed(result.error)
+        except SessionEnded as error:
+            raise Refusal(503, f"the engine has stopped: {error.__cause__}") from error
 
 
 class Runner:
@@ -118,7 +102,7 @@ class Runner:
         """Wait until the session is there. Raises: ValueError if its memory is not."""
         try:
             self._session = await self.session.call(lambda session: session)
-        except RuntimeError as error:
+        except SessionEnded as error:
             raise (error.__cause__ or error) from None
 
     def occupancy(self) -> Occupancy:
@@ -142,18 +126,14 @@ class Runner:
         self._open += wanted
         began = time.perf_counter()
         try:
-            loop = asyncio.get_running_loop()
-            requests = await loop.run_in_executor(self._pool, self._prepare, ask)
-            answers = Answers(requests, ask.choices, self, entry)
-            self.metrics.prompt(answers.prompt_tokens)
-            yield answers
+            requests = await self._prepared(ask)
+            entry.requests = requests
+            async with aclosing(self.session.stream_requests(requests)) as stream:
+                watched = self.metrics.watch(stream, requests, entry)
+                answers = Answers(watched, requests, ask.choices, entry)
+                self.metrics.prompt(answers.prompt_tokens)
+                yield answers
             self._answer_s += 0.2 * (time.perf_counter() - began - self._answer_s)
-        except ValueError as error:
-            raise failed(error) from error
-        except RuntimeError as error:
-            if self.session.failed:
-                raise Refusal(503, f"the engine has stopped: {error}") from error
-            raise
         finally:
             self._open -= wanted
 
@@ -167,6 +147,12 @@ class Runner:
         """Return the text of a prompt."""
         assert self._session is not None and self._session.prompts.tokenizer is not None
         return str(self._session.prompts.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    async def _prepared(self, ask: Ask) -> list[Request]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, ask)
+        except ValueError as error:
+            raise failed(error) from error
 
     def _admit(self, wanted: int) -> None:
         """Raise Refusal if there is no room for so many answers."""
@@ -210,8 +196,8 @@ class Runner:
         """
         assert self._session is not None
         positions = self.occupancy().positions
-        left = positions // self.settings.max_batch - prompt - 1
-        return max(left, min(LEAST_DEFAULT, positions - prompt - 1), 1)
+        share, whole = positions // self.settings.max_batch, positions
+        return max(share - seat_size(prompt), min(LEAST_DEFAULT, whole - seat_size(prompt)), 1)
 
 
 def failed(error: Exception) -> Refusal:

@@ -6,6 +6,7 @@ import pytest
 from openai import OpenAI
 
 from gemma_mtp_mlx import Pair, hub, load
+from tests.gemma_text import write_gemma_model
 from tests.serve.process import ServerProcess
 
 
@@ -25,4 +26,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Return a server whose model thinks, calls tools and says what it is told."""
+    folder = tmp_path_factory.mktemp("echo")
+    model = write_gemma_model(folder)
+    running = ServerProcess(
+        folder / "log",
+        "--model",
+        str(model),
+        "--kv-budget",
+        "0.1",
+        start=["-m", "tests.serve.echo"],
+    )
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def echo_client(echo: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{echo.url}/v1", api_key="none", max_retries=0) as made:
         yield made

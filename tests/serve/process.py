@@ -65,7 +65,8 @@ class ServerProcess:
         for line in text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                found[re.sub(r'model_name="[^"]*",?', "", name).replace("{}", "")] = float(value)
+                name = re.sub(r'(?<=\{)model_name="[^"]*",?|,model_name="[^"]*"', "", name)
+                found[name.replace("{}", "")] = float(value)
         return found
 
     def memory_bytes(self) -> int:
@@ -74,6 +75,14 @@ class ServerProcess:
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         assert found is not None
         return 1024 * int(found[1])
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End it, if it has not ended."""
+        self.process.kill()
+        self.process.wait(60)
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop and return its exit code."""
