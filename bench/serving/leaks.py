@@ -13,12 +13,14 @@ RSS_BYTES = 32e6  # what allocators may keep over a run; bench.soak's bound
 POOL_THREADS = 40  # a pool grows to its bound when it is first needed; anyio's is the largest
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 KV_BYTES = "mlx_gemma_mtp:kv_bytes_used"
+DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 HELD = ("running", "waiting", "kv_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A moment of the server. at: seconds of the monotonic clock."""
+    """A moment of the server. at: seconds of the monotonic clock; drafted, accepted: so far."""
 
     at: float
     running: float
@@ -27,6 +29,8 @@ class Sample:
     fds: int
     threads: int
     rss_bytes: int
+    drafted: float = 0.0
+    accepted: float = 0.0
 
 
 async def sample(port: int, pid: int) -> Sample:
@@ -43,6 +47,8 @@ async def sample(port: int, pid: int) -> Sample:
             fds=process.num_fds(),
             threads=process.num_threads(),
             rss_bytes=process.memory_info().rss,
+            drafted=metric(metrics, DRAFTED),
+            accepted=metric(metrics, ACCEPTED),
         )
 
 
