@@ -48,6 +48,7 @@ from bench.serving.figures import (
     open_table,
 )
 from bench.serving.load import Stream
+from bench.serving.processes import heed_sigterm
 from gemma_mtp_mlx import hub
 
 ARRIVALS = "arrivals"
@@ -56,6 +57,7 @@ ARRIVALS = "arrivals"
 def main() -> None:
     """Measure, print, write."""
     args = parse_arguments()
+    heed_sigterm()
     command = f"python -m bench.serve {shlex.join(sys.argv[1:])}".strip()
     report: dict[str, Any] = {
         "command": command,

@@ -35,7 +35,7 @@ from bench.serving.answers import Answer, read_answer
 from bench.serving.client import ask
 from bench.serving.jobs import OLLAMA, Job, bad_requests, make_jobs
 from bench.serving.leaks import Sample, sample
-from bench.serving.processes import Server, free_port
+from bench.serving.processes import Server, free_port, heed_sigterm
 from bench.serving.visitors import Ledger, Visitor
 from gemma_mtp_mlx import hub
 
@@ -46,6 +46,7 @@ IDLE_S = 30.0  # so long may the last rows take to be given up
 def main() -> None:
     """Run, compare, print."""
     args = parse_arguments(sys.argv[1:])
+    heed_sigterm()
     try:
         summary = asyncio.run(soak(args))
     except KeyboardInterrupt:

@@ -118,6 +118,7 @@ def test_a_short_soak_of_the_real_server_is_sound() -> None:
     given = ["--minutes", "0.1", "--jobs", "4", "--clients", "6", "--burst-every", "2"]
     given += ["--batch", "4", "--queue", "4", "--num-draft-tokens", "3"]
     summary = asyncio.run(soak(parse_arguments(given)))
-    assert summary["sound"], summary
+    assert [summary[name] for name in ("wrong", "errors", "leaks")] == [[], [], []]
+    assert summary["sound"]
     assert summary["jobs"] == 4 and summary["requests"]["completed"] > 4
     assert summary["most"]["running"] > 1 and summary["idle"][-1]["accepted"] > 0

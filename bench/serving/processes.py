@@ -91,6 +91,11 @@ class Server:
         return (self._log.read().strip() or "no message").splitlines()[-1].strip()
 
 
+def heed_sigterm() -> None:
+    """Let a kill end a measurement as Ctrl-C does, so that its server ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def free_port() -> int:
     """Return a port that nobody listens on now."""
     with socket.socket() as sock:
