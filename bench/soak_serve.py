@@ -84,13 +84,14 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     with start(args, "0") as server:
         await server.started()
         model = await server.served_name()
-        jobs = make_jobs(args.jobs, model, ollama=await has_ollama(server.port))
+        ollama = await has_ollama(server.port)
+        jobs = make_jobs(args.jobs, model, ollama=ollama)
         wanted = await reference(server.port, jobs, ledger)
     jobs = [job for job in jobs if job.number in wanted]
     with start(args, args.num_draft_tokens) as server:
         await server.started()
         traffic = Traffic(server, jobs, wanted, ledger, args)
-        await traffic.run(bad_requests(model))
+        await traffic.run(bad_requests(model, ollama=ollama))
         return traffic.summary()
 
 

@@ -94,11 +94,11 @@ def _openai(random: np.random.RandomState, path: str, by_schema: bool) -> dict[s
     return body
 
 
-def bad_requests(model: str) -> list[tuple[str, Any]]:
+def bad_requests(model: str, *, ollama: bool) -> list[tuple[str, Any]]:
     """Return what a server must refuse as its sender's mistake: path and body."""
     chat, completions = OPENAI
     said = [{"role": "user", "content": "Hello"}]
-    return [
+    refused: list[tuple[str, Any]] = [
         (chat, b'{"model": '),
         (chat, b"\xff\xfe\x00"),
         (chat, {"model": model}),
@@ -114,3 +114,9 @@ def bad_requests(model: str) -> list[tuple[str, Any]]:
         (completions, {"model": model, "prompt": "Hello", "max_tokens": "many"}),
         ("/v1/nothing", {}),
     ]
+    if ollama:
+        refused += [
+            ("/api/chat", {"model": model, "messages": "Hello"}),
+            ("/api/generate", {"model": f"{model}-none", "prompt": "Hello"}),
+        ]
+    return refused
