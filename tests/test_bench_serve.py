@@ -50,8 +50,8 @@ def test_tables_have_medians_and_who_failed() -> None:
     broken = made_run(9.0, 9.0) | {ALL: "503: no room", "arrivals": "503: no room"}
     runs = {
         "ours-auto": [made_run(10.0, 40.0), made_run(20.0, 60.0), made_run(10.0, 50.0)],
-        "mlx_lm": [broken, broken],
-        "mlx_vlm": [dict.fromkeys((ONE, ALL, "arrivals"), "it ended")],
+        "mlx_lm": [broken, broken, broken],
+        "mlx_vlm": [dict.fromkeys((ONE, ALL, "arrivals"), "it ended")] * 3,
     }
     assert [gain(run) for run in runs["ours-auto"]] == [4.0, 3.0, 5.0] and gain(broken) is None
     closed, opened = closed_table(runs, 8), open_table(runs, "arrivals")
@@ -68,8 +68,8 @@ def test_tables_have_medians_and_who_failed() -> None:
     assert len(set(map(len, closed))) == 1 and len(set(map(len, opened))) == 1
     assert len(plain(opened).splitlines()) == 4
     assert failures(runs) == [
-        f"mlx_lm: 503: no room [{ALL} (2 of 2), arrivals (2 of 2)]",
-        f"mlx_vlm: it ended [{ONE} (1 of 1), {ALL} (1 of 1), arrivals (1 of 1)]",
+        f"mlx_lm: 503: no room [{ALL} (3 of 3), arrivals (3 of 3)]",
+        f"mlx_vlm: it ended [{ONE} (3 of 3), {ALL} (3 of 3), arrivals (3 of 3)]",
     ]
 
 

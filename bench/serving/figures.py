@@ -77,15 +77,27 @@ def failures(runs: dict[str, list[Run]]) -> list[str]:
     return lines
 
 
+def against(done: list[Run], base: list[Run]) -> Spread | None:
+    """Return tokens per second with all streams over another's in the same repeat."""
+    read = one_figure(ALL, "tokens_per_s")
+    pairs = [(read(run), read(other)) for run, other in zip(done, base, strict=True)]
+    found = [ours / theirs for ours, theirs in pairs if ours and theirs]
+    return Spread.of(found) if found else None
+
+
 def closed_table(runs: dict[str, list[Run]], streams: int) -> Rows:
     """Return tokens per second with one stream and with all, and what all are worth."""
-    measured = ("1 stream", f"{streams} streams", f"{streams} : 1", "first text p95, ms")
+    bases = [name for name in ("mlx_lm", "mlx_vlm") if name in runs]
+    measured = ["1 stream", f"{streams} streams", f"{streams} : 1"]
+    measured += [*(f"{streams} x {name}" for name in bases), "first text p95, ms"]
     rows = [["contender", *(cell for name in measured for cell in (name, "low to high"))]]
     for name, done in runs.items():
         row = [name]
         row += _cells(over_runs(done, one_figure(ONE, "tokens_per_s")), 1)
         row += _cells(over_runs(done, one_figure(ALL, "tokens_per_s")), 1)
         row += _cells(over_runs(done, gain), 2)
+        for base in bases:
+            row += _cells(against(done, runs[base]), 2)
         row += _cells(over_runs(done, one_figure(ALL, "ttft_p95_s")), 0, 1e3)
         rows.append(row)
     return rows
