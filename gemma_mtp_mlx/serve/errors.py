@@ -79,6 +79,9 @@ def _invalid(error: RequestValidationError) -> Refusal:
     if found["type"] == "json_invalid":
         why = found.get("ctx", {}).get("error", "")
         return Refusal(400, f"the body is not JSON: {why} at character {found['loc'][-1]}")
+    if found["type"] == "extra_forbidden":
+        field = str(found["loc"][-1])[:80]
+        return Refusal(400, f"the field {field!r} is not supported; leave it out", param=field)
     name = ".".join(part for part in map(str, found["loc"][1:]) if _FIELD.fullmatch(part))
     message = str(found["msg"]).removeprefix("Value error, ")
     return Refusal(400, f"{name}: {message}" if name else message, param=name or None)

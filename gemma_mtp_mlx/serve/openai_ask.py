@@ -9,7 +9,6 @@ from typing import Any
 from gemma_mtp_mlx.sampling import SamplingParams
 from gemma_mtp_mlx.serve.errors import Refusal
 from gemma_mtp_mlx.serve.openai_schema import (
-    HARMLESS,
     ChatRequest,
     Common,
     CompletionRequest,
@@ -70,11 +69,6 @@ def offered(body: ChatRequest) -> list[Any]:
 
 def _settings(body: Common) -> dict[str, Any]:
     """Translate what both endpoints share."""
-    for name, value in (body.model_extra or {}).items():
-        if value is not None and name not in HARMLESS:
-            raise Refusal(
-                400, f"the field {name[:80]!r} is not supported; leave it out", param=name[:80]
-            )
     bias = body.logit_bias or {}
     if not all(token.isdecimal() and len(token) < 10 for token in bias):
         raise Refusal(400, "the keys of logit_bias are token ids", param="logit_bias")

@@ -4,20 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# What changes nothing in an answer. Any other field that is not known is refused by name: who asks
-# for something else should not get an answer that looks like it.
-HARMLESS = frozenset(
-    {
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
 MOST_CHOICES = 128
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -27,7 +13,7 @@ Stop = str | Annotated[list[str], Field(max_length=16)]
 class Part(BaseModel):
     """A part of a message's content; only text is read."""
 
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"enum": ["text", "refusal"]})]
     text: str | None = None
 
     @model_validator(mode="after")
@@ -122,9 +108,13 @@ class StreamOptions(BaseModel):
 
 
 class Common(BaseModel):
-    """What both endpoints take. top_k, min_p and repetition_penalty are vLLM's."""
+    """What both endpoints take. top_k, min_p and repetition_penalty are vLLM's.
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    A field that is not known is refused by name: who asks for something else should not get an
+    answer that looks like it. The last ones here change nothing in an answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
     stream: bool | None = None
@@ -141,6 +131,23 @@ class Common(BaseModel):
     seed: int | None = None
     stop: Stop | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    metadata: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A field that is null is one that is not there, known or not."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class ChatRequest(Common):
