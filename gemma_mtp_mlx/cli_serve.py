@@ -21,7 +21,7 @@ from gemma_mtp_mlx.progress import say
 ROWS = 8
 EXTRA = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 KEY = "MLX_GEMMA_MTP_API_KEY"
-METHODS = ("mtp", "gemma4_mtp", "draft_model")
+METHODS = ("mtp", "gemma4_mtp")  # two names of the same in vLLM
 
 
 def serve(
@@ -41,7 +41,9 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=0, metavar="N", help="Answers that wait, at most.")
     ] = 64,
-    kv_budget: Annotated[float | None, opt("GB", "Memory for keys and values, at most.")] = None,
+    kv_budget: Annotated[
+        float | None, opt("GB", "Memory for keys and values; half of what is left if not given.")
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar=KEY, help="What clients have to send."),

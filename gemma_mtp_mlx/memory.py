@@ -45,6 +45,11 @@ def device_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def left_bytes() -> int:
+    """Bytes that keys and values may take beside what is loaded."""
+    return device_bytes() - mx.get_active_memory() - RESERVED
+
+
 def wire_memory() -> None:
     """Keep what MLX holds resident on a Mac, as mlx_lm does: a page brought back is a stall."""
     if mx.metal.is_available():
@@ -57,7 +62,7 @@ def plan(config: ModelConfig, dtype: mx.Dtype, limits: Limits) -> Plan:
     Raises: ValueError with the numbers if the budget is more than the device has left, or too
     little for the rings and one short row.
     """
-    left = device_bytes() - mx.get_active_memory() - RESERVED
+    left = left_bytes()
     budget = left if limits.kv_bytes is None else limits.kv_bytes
     if budget > left:
         raise ValueError(

@@ -25,6 +25,7 @@ from gemma_mtp_mlx import catalogue, hub, load
 from gemma_mtp_mlx.api import Pair
 from gemma_mtp_mlx.async_session import AsyncSession
 from gemma_mtp_mlx.constraint import Thinking
+from gemma_mtp_mlx.memory import left_bytes
 from gemma_mtp_mlx.serve.app import make_app
 from gemma_mtp_mlx.serve.card import Card
 from gemma_mtp_mlx.serve.log import write
@@ -98,12 +99,15 @@ def _aliases(model: str | None, folder: Path) -> frozenset[str]:
 def make_runner(
     pair: Pair, served: Served, settings: Settings, drafts: int | None, kv_bytes: int | None
 ) -> Runner:
-    """Return the runner of a pair. drafts: tokens drafted per round, None for the fastest."""
+    """Return the runner of a pair.
+
+    drafts: tokens drafted per round, None for the fastest; kv_bytes: None for half of what is left
+    on this device, where a server seldom is alone.
+    """
 
     def session() -> Session:
-        return pair.session(
-            max_batch=settings.max_batch, num_draft_tokens=drafts, kv_bytes=kv_bytes
-        )
+        budget = max(left_bytes() // 2, 0) if kv_bytes is None else kv_bytes
+        return pair.session(max_batch=settings.max_batch, num_draft_tokens=drafts, kv_bytes=budget)
 
     return Runner(AsyncSession(session), served, settings)
 

@@ -2,7 +2,8 @@
 
 Everything is the program's own, engine, drafter and command line included; a logits processor of
 each request makes the next token of the script by far the best, the end of the turn after it. What
-a grammar forbids stays forbidden. A special token in a message is one in the script.
+a grammar forbids stays forbidden. A special token in a message is one in the script; <unk> makes
+the processor fail there.
 """
 
 import sys
@@ -20,7 +21,7 @@ from gemma_mtp_mlx.serve import server
 from gemma_mtp_mlx.serve.served import Served
 from tests.gemma_text import SPECIAL
 
-TURN, END = SPECIAL.index("<|turn>"), SPECIAL.index("<turn|>")
+END, FAIL = SPECIAL.index("<turn|>"), SPECIAL.index("<unk>")
 MUCH = 1000.0
 
 
@@ -43,6 +44,8 @@ class Echo(Prompts):
 
         def follow(tokens: mx.array, logits: mx.array) -> mx.array:
             place = min(tokens.size - len(ids), len(script) - 1)
+            if script[place] == FAIL:
+                raise RuntimeError("this was in the script")
             return mx.where(mx.arange(logits.shape[-1]) == script[place], MUCH, logits)
 
         with_script = replace(params, logits_processors=(follow,))

@@ -1,6 +1,7 @@
 """Thinking and tool calls reach the openai package as such, streaming and not."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -141,6 +142,25 @@ def test_logprobs_are_the_texts(echo_client: OpenAI) -> None:
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == "é日"
     assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in entries)
     assert all(len(entry.top_logprobs) == 2 for entry in entries)
+
+
+def test_an_answer_that_fails_is_its_own(echo_client: OpenAI) -> None:
+    script = "and now<unk>"
+    with pytest.raises(openai.InternalServerError, match="this was in the script"):
+        ask(echo_client, script)
+    messages: Any = [{"role": "user", "content": script}]
+    with (
+        echo_client.chat.completions.create(
+            model="target", messages=messages, stream=True
+        ) as stream,
+        ThreadPoolExecutor() as others,
+    ):
+        other = others.submit(ask, echo_client, "x" * 60)
+        chunks: list[Any] = []
+        with pytest.raises(openai.APIError, match="this was in the script"):
+            chunks.extend(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "and now"
+        assert other.result()["text"] == "x" * 60
 
 
 @pytest.mark.parametrize(
