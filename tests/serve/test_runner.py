@@ -9,6 +9,7 @@ from gemma_mtp_mlx import Pair, SamplingParams
 from gemma_mtp_mlx.async_session import AsyncSession
 from gemma_mtp_mlx.cache import seat_size
 from gemma_mtp_mlx.serve.app import make_app
+from gemma_mtp_mlx.serve.card import Card
 from gemma_mtp_mlx.serve.errors import Refusal
 from gemma_mtp_mlx.serve.log import Entry
 from gemma_mtp_mlx.serve.runner import Ask, Runner
@@ -16,7 +17,8 @@ from gemma_mtp_mlx.serve.served import Served
 from gemma_mtp_mlx.serve.settings import Settings
 from gemma_mtp_mlx.session import Session
 
-SERVED = Served("m", frozenset(), None, "f", 4096, thinks=False, markers=None)
+CARD = Card(1, 2, "BF16", "", {}, "", {})
+SERVED = Served("m", frozenset(), None, "f", 4096, thinks=False, markers=None, card=CARD)
 GREEDY = SamplingParams()
 
 
