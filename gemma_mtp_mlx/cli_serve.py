@@ -21,7 +21,7 @@ from gemma_mtp_mlx.progress import say
 ROWS = 8
 EXTRA = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 KEY = "MLX_GEMMA_MTP_API_KEY"
-METHODS = ("mtp", "gemma4_mtp", "draft_model")
+METHODS = ("mtp", "gemma4_mtp")  # two names of the same in vLLM
 
 
 def serve(

@@ -3,6 +3,7 @@
 Never what was said in it, nor a key.
 """
 
+import asyncio
 import json
 import re
 import secrets
@@ -116,6 +117,8 @@ class Log:
 
         try:
             await self._app(scope, receive, note)
+        except asyncio.CancelledError:  # uvicorn's, at its end, which closes the connection
+            entry.error = "cut off by the server's end"
         except Exception as error:  # a bug: the client is told, the log says where
             if started:
                 raise

@@ -36,7 +36,7 @@ PROMPT = "def add(a, b):"
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """Return a server with little memory, which bounds answers that nobody bounds."""
     log = tmp_path_factory.mktemp("small") / "log"
-    with ServerProcess(log, "--kv-budget", "0.0012", "--max-batch", "1") as running:
+    with ServerProcess(log, "--kv-budget", "0.0006", "--max-batch", "1") as running:
         yield running
 
 

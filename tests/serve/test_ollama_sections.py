@@ -99,6 +99,8 @@ def test_json_or_a_call(asks: Client) -> None:
     settings: Any = {"tools": [f], "format": schema}
     assert ask(asks, '{"n": 12}', **settings)["text"] == '{"n": 12}'
     assert ask(asks, CALL, **settings)["calls"] == [("f", ARGUMENTS)]
+    said = ask(asks, "n is 12", think=False, options={"num_predict": 8}, **settings)
+    assert said["text"].startswith(("{", "<|tool_call>"))
     thought = ask(asks, THOUGHT + '{"n": 12}', format=schema)  # rules begin behind it
     assert (thought["thinking"], thought["text"]) == ("hm, so", '{"n": 12}')
 

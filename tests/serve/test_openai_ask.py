@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import load
 from gemma_mtp_mlx.config import ModelConfig
 from gemma_mtp_mlx.constraint import grammar_tokenizer
 from gemma_mtp_mlx.prompts import Prompts
+from gemma_mtp_mlx.serve.card import Card
 from gemma_mtp_mlx.serve.openai_ask import ask_of_chat
 from gemma_mtp_mlx.serve.openai_schema import ChatRequest
 from gemma_mtp_mlx.serve.served import Served
@@ -32,7 +33,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Prompts:
 @pytest.fixture(scope="module")
 def served(prompts: Prompts) -> Served:
     markers = Markers.of(prompts.tokenizer)
-    return Served("m", frozenset(), None, "f", 4096, thinks=True, markers=markers)
+    card = Card(1, 2, "BF16", "", {}, "", {})
+    return Served("m", frozenset(), None, "f", 4096, thinks=True, markers=markers, card=card)
 
 
 def rendered(prompts: Prompts, served: Served, **body: Any) -> str:

@@ -1,11 +1,12 @@
 """Clients that are slow on purpose are let go: in their head, in their body, in what they read."""
 
+import asyncio
 import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import uvicorn
@@ -26,6 +27,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.end: Callable[[], None]  # tells its server to end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -35,8 +37,8 @@ class Reader:
         try:
             while scope["path"] == "/endless":
                 await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
-        except TimeoutError:
-            self.ended.append("timeout")
+        except (TimeoutError, asyncio.CancelledError) as error:
+            self.ended.append(type(error).__name__)
             raise
         await send({"type": "http.response.body", "body": b"read", "more_body": False})
 
@@ -48,11 +50,19 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Reader]]:
     application = Reader()
     settings = Settings(body_s=SHORT_S, send_s=SHORT_S)
     app = Log(Guard(application, settings), count=lambda endpoint, status: None)
-    config = uvicorn.Config(app, http=server.Connection, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(
+        app,
+        http=server.Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_graceful_shutdown=1,
+    )
     running = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
+        application.end = lambda: setattr(running, "should_exit", True)
         yield listener.getsockname()[1], application
         running.should_exit = True
         thread.join(ENOUGH_S)
@@ -95,7 +105,21 @@ def test_a_reader_that_takes_nothing(reader: tuple[int, Reader]) -> None:
     port, application = reader
     with _connect(port) as connection:
         connection.sendall(head("/endless", 0))
-        assert wait_until(lambda: application.ended == ["timeout"])
+        assert wait_until(lambda: application.ended == ["TimeoutError"])
         with contextlib.suppress(ConnectionError):
             while connection.recv(1 << 20):  # what was on its way, and then the end
                 pass
+
+
+def test_the_end_of_the_server_waits_for_nobody_for_ever(
+    reader: tuple[int, Reader], capfd: pytest.CaptureFixture[str]
+) -> None:
+    port, application = reader
+    with _connect(port) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head("/endless", 0))
+        connection.recv(1 << 20)
+        application.end()
+        while connection.recv(1 << 20):
+            pass
+    assert wait_until(lambda: application.ended == ["CancelledError"])
+    assert wait_until(lambda: "cut off by the server's end" in "".join(capfd.readouterr()))
