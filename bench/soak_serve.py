@@ -1,16 +1,17 @@
 """Minutes of mixed traffic through our server: no wrong text, nothing left behind.
 
     python -m bench.soak_serve [--minutes 20] [--model DIR] [--jobs 200] [--clients 12] [--batch 8]
-                               [--queue 16] [--burst-every 30] [--num-draft-tokens auto]
+                               [--queue 16] [--burst-every 30] [--num-draft-tokens 3]
                                [--out bench/results/soak_serve.json]
 
 First a server with --num-draft-tokens 0 answers every distinct job alone, one after the other: what
-has to come. Then one that drafts (a run without an accepted draft proves nothing and is none) gets
-them from many clients at once, at all endpoints, streamed or whole, greedy or seeded, with stop
-texts, penalties, logit bias, log-probabilities, JSON schemas and several choices. Clients complete,
-read slowly, leave in the middle, leave before the first token or ask for nonsense (4xx expected);
-now and then a burst overfills the queue (429, tried again). Every complete answer must be the one
-without drafts, with its finish reason, counts and log-probabilities, every part its beginning.
+has to come. Then one that drafts gets them from many clients at once, at all endpoints, streamed or
+whole, greedy or seeded, with stop texts, penalties, logit bias, log-probabilities, JSON schemas and
+several choices. It drafts three tokens always unless told otherwise: auto hardly drafts for a full
+batch on a CPU, and a run without an accepted draft fails. Clients complete, read slowly, leave in
+the middle, leave before the first token or ask for nonsense (4xx expected); now and then a burst
+overfills the queue (429, tried again). Every complete answer must be the one without drafts, with
+its finish reason, counts and log-probabilities, every part its beginning.
 
 Rows in use, waiting requests, KV bytes, file descriptors, threads and resident memory are sampled
 every 5 seconds (a hundredth of a short run). After a tenth of the time, at most two minutes, and at
@@ -72,7 +73,7 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--queue", type=int, default=16)
-    parser.add_argument("--num-draft-tokens", default="auto")
+    parser.add_argument("--num-draft-tokens", default="3", help="or auto")
     parser.add_argument("--burst-every", type=float, default=30, help="seconds")
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args(given)

@@ -116,7 +116,7 @@ def test_metrics_are_summed_over_labels() -> None:
 
 def test_a_short_soak_of_the_real_server_is_sound() -> None:
     given = ["--minutes", "0.1", "--jobs", "4", "--clients", "6", "--burst-every", "2"]
-    given += ["--batch", "4", "--queue", "4", "--num-draft-tokens", "3"]
+    given += ["--batch", "4", "--queue", "4"]
     summary = asyncio.run(soak(parse_arguments(given)))
     assert [summary[name] for name in ("wrong", "errors", "leaks")] == [[], [], []]
     assert summary["sound"]
