@@ -33,8 +33,11 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="The port; 0 takes any free one.")
-    ] = 8080,
+        int,
+        typer.Option(
+            min=0, max=65535, metavar="N", help="The port, Ollama's if not; 0 takes any free one."
+        ),
+    ] = 11434,
     max_batch: Annotated[
         int, typer.Option(min=1, metavar="N", help="Answers that run at a time, at most.")
     ] = ROWS,

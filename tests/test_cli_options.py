@@ -137,7 +137,7 @@ COMMANDS = {
         "--num-draft-tokens": "auto",
         "--fast": False,
         "--host": "127.0.0.1",
-        "--port": 8080,
+        "--port": 11434,
         "--max-batch": 8,
         "--max-queue": 64,
         "--kv-budget": None,

@@ -22,6 +22,7 @@ from training.train_target import grow, half_size
 
 MAX_POSITIONS = 4096
 NUM_ASSISTANT_TOKENS = 4
+MAX_NEW_TOKENS = 512  # of an answer that nobody limits: the target soon repeats itself
 
 
 def text_config(size: Size, shared_layers: int) -> dict:
@@ -129,9 +130,8 @@ def export_pair(run: Path, out: Path) -> None:
     write_weights(fresh / "target" / "model.safetensors", target)
     write_json(fresh / "target" / "config.json", target_config())
     ids = {"bos_token_id": BOS, "pad_token_id": PAD}
-    write_json(
-        fresh / "target" / "generation_config.json", {**ids, "eos_token_id": [EOS, TURN_END]}
-    )
+    ends = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": [EOS, TURN_END]}
+    write_json(fresh / "target" / "generation_config.json", {**ids, **ends})
     write_tokenizer(run / "tokenizer.json", fresh / "target")
     write_weights(fresh / "drafter" / "model.safetensors", read_drafter(run / "drafter.pt", target))
     write_json(fresh / "drafter" / "config.json", drafter_config())

@@ -25,7 +25,8 @@ class Card:
 
     weights: how many numbers; packing: of most bytes, in Ollama's words (BF16, int4, mxfp4);
     sampling: temperature, top_k and top_p, as far as the model's own generation_config.json says;
-    template: its chat template, empty if it has none.
+    max_new_tokens: of an answer that nobody limits, as that says, None if it does not; template:
+    its chat template, empty if it has none.
     """
 
     weights: int
@@ -33,6 +34,7 @@ class Card:
     packing: str
     modified: str
     sampling: Mapping[str, float]
+    max_new_tokens: int | None
     template: str
     info: Mapping[str, Any]
 
@@ -42,13 +44,15 @@ class Card:
         plan = plan_weights(Target(config), Folder(folder), target_names(config))
         footprint = target_footprint(config, plan)
         count = sum(group.weights for group in footprint.groups)
+        sampling, most = _defaults(folder)
         changed = (folder / "config.json").stat().st_mtime
         return cls(
             weights=count,
             weights_bytes=footprint.weights_bytes,
             packing=_packing(plan),
             modified=stamp(datetime.fromtimestamp(changed, UTC)),
-            sampling=_sampling(folder),
+            sampling=sampling,
+            max_new_tokens=most,
             template=template,
             info=_info(config, count),
         )
@@ -76,7 +80,8 @@ def _packing(plan: Plan) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _sampling(folder: Path) -> dict[str, float]:
+def _defaults(folder: Path) -> tuple[dict[str, float], int | None]:
+    """Return sampling and max_new_tokens of a model's generation_config.json."""
     file = folder / "generation_config.json"
     said = read_json(file) if file.is_file() else {}
     found = {name: said[name] for name in _SAMPLING if said.get(name) is not None}
@@ -84,7 +89,12 @@ def _sampling(folder: Path) -> dict[str, float]:
         if type(value) not in (int, float):
             raise ValueError(f"{file}: {name} is {str(value)[:40]!r}; it must be a number")
     SamplingParams(**found)
-    return found
+    most = said.get("max_new_tokens")
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(
+            f"{file}: max_new_tokens is {str(most)[:40]!r}; it must be a whole number above 0"
+        )
+    return found, most
 
 
 def _info(config: ModelConfig, count: int) -> dict[str, Any]:

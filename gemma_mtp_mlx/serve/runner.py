@@ -195,14 +195,16 @@ class Runner:
         return requests
 
     def _share(self, prompt: int) -> int:
-        """Most tokens of an answer whose request does not say: what a row's share has left.
+        """Most tokens of an answer whose request does not say: the model's own limit, if it fits.
 
-        So max_batch such requests run at a time, and what one gets does not depend on others.
+        Else what a row's share has left: max_batch such requests run at a time, and what one gets
+        does not depend on others.
         """
         assert self._session is not None
         positions = self.occupancy().positions
         share, whole = positions // self.settings.max_batch, positions
-        return max(share - seat_size(prompt), min(LEAST_DEFAULT, whole - seat_size(prompt)), 1)
+        fits = max(share - seat_size(prompt), min(LEAST_DEFAULT, whole - seat_size(prompt)), 1)
+        return min(fits, self.served.card.max_new_tokens or fits)
 
 
 def failed(error: Exception) -> Refusal:

@@ -34,6 +34,7 @@ def test_packing_changes_bytes_and_no_count(tmp_path: Path) -> None:
         ({"top_k": "many"}, "generation_config.json: top_k is 'many'; it must be a number"),
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 7}, "top_p is 7"),
+        ({"max_new_tokens": 0}, "max_new_tokens is '0'; it must be a whole number above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

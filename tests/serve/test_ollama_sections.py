@@ -151,7 +151,7 @@ def test_a_call_and_its_result_reach_the_template(asks: Client, echo_client: Ope
 
 
 def test_messages_are_as_templates_read_them() -> None:
-    card = Card(1, 2, "BF16", "", {}, "", {})
+    card = Card(1, 2, "BF16", "", {}, None, "", {})
     served = Served("target", frozenset(), None, "a1", 4096, True, None, card)
     ((user, model, tool),) = ask_of_chat(
         ChatRequest.model_validate({"model": "target", "messages": HISTORY}), served

@@ -33,7 +33,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Prompts:
 @pytest.fixture(scope="module")
 def served(prompts: Prompts) -> Served:
     markers = Markers.of(prompts.tokenizer)
-    card = Card(1, 2, "BF16", "", {}, "", {})
+    card = Card(1, 2, "BF16", "", {}, None, "", {})
     return Served("m", frozenset(), None, "f", 4096, thinks=True, markers=markers, card=card)
 
 

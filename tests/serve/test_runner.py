@@ -17,7 +17,7 @@ from gemma_mtp_mlx.serve.served import Served
 from gemma_mtp_mlx.serve.settings import Settings
 from gemma_mtp_mlx.session import Session
 
-CARD = Card(1, 2, "BF16", "", {}, "", {})
+CARD = Card(1, 2, "BF16", "", {}, None, "", {})
 SERVED = Served("m", frozenset(), None, "f", 4096, thinks=False, markers=None, card=CARD)
 GREEDY = SamplingParams()
 
