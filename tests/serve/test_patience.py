@@ -20,6 +20,7 @@ from tests.serve.wire import CHAT, head, read_until, wait_until
 
 SHORT_S = 0.3
 ENOUGH_S = 20.0
+SIZES = {"/flood": 65536, "/drops": 1}  # of the parts of answers that do not end
 
 
 class Reader:
@@ -35,8 +36,10 @@ class Reader:
             pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
         try:
-            while scope["path"] == "/endless":
-                await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
+            while scope["path"] in SIZES:
+                part = bytes(SIZES[scope["path"]])
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                await asyncio.sleep(0.001)
         except (TimeoutError, asyncio.CancelledError) as error:
             self.ended.append(type(error).__name__)
             raise
@@ -104,7 +107,7 @@ def test_a_body_that_does_not_end(reader: tuple[int, Reader]) -> None:
 def test_a_reader_that_takes_nothing(reader: tuple[int, Reader]) -> None:
     port, application = reader
     with _connect(port) as connection:
-        connection.sendall(head("/endless", 0))
+        connection.sendall(head("/flood", 0))
         assert wait_until(lambda: application.ended == ["TimeoutError"])
         with contextlib.suppress(ConnectionError):
             while connection.recv(1 << 20):  # what was on its way, and then the end
@@ -116,7 +119,7 @@ def test_the_end_of_the_server_waits_for_nobody_for_ever(
 ) -> None:
     port, application = reader
     with _connect(port) as connection, contextlib.suppress(ConnectionError):
-        connection.sendall(head("/endless", 0))
+        connection.sendall(head("/drops", 0))
         connection.recv(1 << 20)
         application.end()
         while connection.recv(1 << 20):
