@@ -55,9 +55,8 @@ class Guard:
         except TimeoutError:
             if not started:
                 raise
-            entry_of(
-                scope
-            ).disconnected = True  # takes nothing; uvicorn closes what is not complete
+            # It takes nothing any more; uvicorn closes what is not complete.
+            entry_of(scope).disconnected = True
 
     def _check(self, scope: Scope) -> None:
         headers = MutableHeaders(scope=scope)
