@@ -58,10 +58,16 @@ Fast = Annotated[
 PromptFile = Annotated[str | None, opt("FILE", "A file with a prompt; - is stdin.")]
 System = Annotated[str | None, opt("TEXT", "A system message, put first.")]
 NoTemplate = Annotated[bool, flag("Take the prompt as it is.", "--ignore-chat-template")]
+Temp = Annotated[float, opt("T", "Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, opt("P", "Sample from the best that make up P; 1 is off.")]
+TopK = Annotated[int, opt("N", "Sample from the N best tokens; 0 is off.")]
+MinP = Annotated[float, opt("P", "Least probability, relative to the best; 0 is off.")]
+Seed = Annotated[int | None, opt("N", "Seed for sampling; fresh if not given.")]
 Think = Annotated[
     bool | None,
     flag("Whether to ask for thinking; if the model can, it is.", "--thinking/--no-thinking"),
 ]
+ThinkingBudget = Annotated[int | None, opt("N", "Most tokens of thinking.")]
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[str]:
