@@ -11,8 +11,8 @@ prompt has the same ids (checked by its length). The folder's end of sequence is
 an answer has as many tokens as were asked for; what was made is read from usage, never counted in
 pieces.
 
-Closed loop: short questions (bench/prompts/chat.jsonl), the same by one stream and by --streams.
-Open loop: --requests of all categories arrive as a Poisson process of --rate per second, the same
+Closed loop: short questions (the built-in chat prompts), the same by one stream and by --streams.
+Open loop: --requests of all kinds arrive as a Poisson process of --rate per second, the same
 for all, and want a quarter of --max-tokens to all of it; p50 and p95 of the wait for the first text
 and between tokens (tokens that come together count as one gap and the rest as none). Every prompt
 of a turn begins with another line, so no prompt cache helps anybody. A contender that fails is

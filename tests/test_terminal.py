@@ -92,7 +92,8 @@ class Tmux:
 
     def _tmux(self, *words: str) -> str:
         command = ["tmux", "-u", "-S", f"{self.folder}/socket", *words]
-        env = dict(os.environ)  # what a C library put beside it, readline's COLUMNS, is not there
+        # Sizes that another terminal's programs, or readline, left behind are none of this one's.
+        env = {name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")}
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=60, env=env
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.prompts import CATEGORIES, read_prompts
+from bench.serving.load import contents
+from gemma_mtp_mlx.prompt_kinds import KINDS
 
 OPENAI = ("/v1/chat/completions", "/v1/completions")
 OLLAMA = ("/api/chat", "/api/generate")
@@ -40,11 +41,7 @@ class Job:
 def make_jobs(count: int, model: str, *, ollama: bool, seed: int = 1) -> list[Job]:
     """Return that many different jobs, the same ones for the same arguments."""
     random = np.random.RandomState(seed)
-    texts = [
-        prompt.get("text") or prompt["messages"][-1]["content"]
-        for category in CATEGORIES
-        for prompt in read_prompts(category)
-    ]
+    texts = contents(KINDS)
     paths = OPENAI + OLLAMA if ollama else OPENAI
     return [
         _job(random, number, paths[number % len(paths)], texts, model) for number in range(count)

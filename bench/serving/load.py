@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.prompts import CATEGORIES, read_prompts
 from bench.serving.answers import Answer, read_answer
 from bench.serving.client import ask
+from gemma_mtp_mlx import prompt_kinds
 
 PATH = "/v1/chat/completions"
 PHASE_S = 900  # longer and a server counts as stuck
@@ -107,20 +107,22 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
     return [task.result() for task in tasks]
 
 
+def contents(kinds: Sequence[str]) -> list[str]:
+    """Return the built-in prompts of some kinds, of conversations what was said last."""
+    prompts = [prompt for kind in kinds for prompt in prompt_kinds.read(kind)]
+    return [p if isinstance(p, str) else str(p[-1]["content"]) for p in prompts]
+
+
 def questions(
-    count: int, tag: str, max_tokens: int, categories: Sequence[str] = ("chat",)
+    count: int, tag: str, max_tokens: int, kinds: Sequence[str] = ("chat",)
 ) -> list[Question]:
-    """Return prompts of some categories in a fixed random order, `max_tokens` each.
+    """Return prompts of some kinds in a fixed random order, `max_tokens` each.
 
     tag: makes them other texts from the first line on, so that nothing is found in a prompt cache.
     """
-    contents = [
-        prompt.get("text") or prompt["messages"][-1]["content"]
-        for category in categories
-        for prompt in read_prompts(category)
-    ]
-    order = np.random.RandomState(7).permutation(len(contents))
-    chosen = [contents[order[number % len(order)]] for number in range(count)]
+    texts = contents(kinds)
+    order = np.random.RandomState(7).permutation(len(texts))
+    chosen = [texts[order[number % len(order)]] for number in range(count)]
     return [Question(f"# {tag} {n}\n{text}", max_tokens) for n, text in enumerate(chosen)]
 
 
@@ -132,5 +134,5 @@ def arrivals(count: int, tag: str, rate: float, max_tokens: int) -> list[Questio
     random = np.random.RandomState(11)
     at = np.cumsum(random.exponential(1 / rate, count)).tolist()
     wanted = random.randint(-(-max_tokens // 4), max_tokens + 1, count).tolist()
-    asked = questions(count, tag, max_tokens, CATEGORIES)
+    asked = questions(count, tag, max_tokens, prompt_kinds.KINDS)
     return [Question(q.content, w, t) for q, w, t in zip(asked, wanted, at, strict=True)]

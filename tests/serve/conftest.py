@@ -1,6 +1,7 @@
 """Fixtures: one server of the built-in pair for many tests, and the pair itself."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import OpenAI
@@ -8,6 +9,14 @@ from openai import OpenAI
 from gemma_mtp_mlx import Pair, hub, load
 from tests.gemma_text import write_gemma_model
 from tests.serve.process import ServerProcess
+
+
+# The package is the installed one; only `tests` is found in this folder.
+ECHO = f"""
+import runpy, sys
+sys.path.append({str(Path(__file__).parents[2])!r})
+runpy.run_module("tests.serve.echo", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +49,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         str(model),
         "--kv-budget",
         "0.1",
-        start=["-m", "tests.serve.echo"],
+        start=["-c", ECHO],
     )
     yield running
     running.stop()
