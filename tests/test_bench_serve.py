@@ -178,8 +178,10 @@ def test_the_folder_that_all_load_never_ends_a_text(tmp_path: Path) -> None:
 
 def test_a_process_that_does_not_start_says_why() -> None:
     with (
-        Server(["-c", "print('one'); raise SystemExit('no such model')"], free_port()) as server,
-        pytest.raises(ValueError, match="ended before it was ready: no such model"),
+        Server(
+            ["-c", "print('one', flush=True); raise SystemExit('no such')"], free_port()
+        ) as server,
+        pytest.raises(ValueError, match="ended before it was ready: no such"),
     ):
         asyncio.run(server.started())
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.figures import NONE, Rows, Spread
+from bench.peers.figures import NONE, Rows, cells
 from bench.serving.load import Stream
+from gemma_mtp_mlx.measure import Spread
 
 Figures = dict[str, float]
 Run = dict[str, Figures | str]  # one contender's turn, by phase; a text is why it failed
@@ -120,7 +121,8 @@ def open_table(runs: dict[str, list[Run]], phase: str) -> Rows:
 def _cells(spread: Spread | None, digits: int, scale: float = 1.0) -> list[str]:
     if spread is None:
         return ["failed", NONE]
-    return Spread(spread.median * scale, spread.low * scale, spread.high * scale).cells(digits)
+    scaled = Spread(spread.median * scale, spread.least * scale, spread.most * scale)
+    return cells(scaled, digits)
 
 
 def headline(runs: dict[str, list[Run]]) -> dict[str, Any]:

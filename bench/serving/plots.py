@@ -53,7 +53,7 @@ def _bars(
         for place, (_, phase, figure) in enumerate(group):
             spread = over_runs(done, one_figure(phase, figure))
             if spread is not None:
-                reach = [[spread.median - spread.low], [spread.high - spread.median]]
+                reach = [[spread.median - spread.least], [spread.most - spread.median]]
                 whisker = [[part * scale for part in side] for side in reach]
                 middle = spread.median * scale
                 axis.bar([place + shift], [middle], width, yerr=whisker, capsize=2, color=colour)

@@ -31,7 +31,7 @@ class Server:
         self._ready = ready
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-P", *command],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=self._log,

@@ -10,7 +10,6 @@ from gemma_mtp_mlx import Pair, hub, load
 from tests.gemma_text import write_gemma_model
 from tests.serve.process import ServerProcess
 
-
 # The package is the installed one; only `tests` is found in this folder.
 ECHO = f"""
 import runpy, sys
