@@ -192,13 +192,19 @@ class Traffic:
             await asyncio.gather(*(visitor.visit(short, "stream") for _ in range(size)))
 
     async def _watch(self) -> None:
-        """Take a sample every few seconds."""
+        """Take a sample every few seconds, and say every minute how it goes."""
+        said = time.monotonic()
         while True:
             await asyncio.sleep(min(SAMPLE_S, self._args.minutes * 0.6))
             try:
                 self.samples.append(await sample(self._server.port, self._server.pid))
             except (OSError, ValueError) as error:
                 self.ledger.note(self.ledger.errors, f"no sample: {error}")
+            if time.monotonic() - said >= 60:
+                said, counts = time.monotonic(), self.ledger.counts
+                found = f"{counts['completed']} answers, {counts['wrong']} wrong"
+                minutes = round((said - self._began) / 60)
+                print(f"{minutes} minutes: {found}", file=sys.stderr, flush=True)
 
     async def _settle(self) -> None:
         """Wait until the server is idle, or long enough, and keep how it then is."""
