@@ -67,11 +67,18 @@ def find(name: str) -> Chip:
     raise ValueError(f"there is no chip {name!r}; there are {', '.join(CHIPS)}")
 
 
-def this_chip() -> Chip | None:
-    """Return the chip that MLX's GPU is, None where it has none.
+def of_gpu(name: str, cores: int | None) -> Chip | None:
+    """Return the chip whose GPU has this name and, of those sold with several, so many cores."""
+    name = name.removeprefix("Apple ")
+    return CHIPS.get(f"{name} {cores}-core") or CHIPS.get(name)
+
+
+def this_chip(cores: int | None = None) -> Chip | None:
+    """Return the chip that MLX's GPU is, None where it has none. cores: of that GPU, if known.
 
     Raises: ValueError for an Apple GPU that is not in the list.
     """
     if not mx.metal.is_available():
         return None
-    return find(str(mx.device_info()["device_name"]))
+    name = str(mx.device_info()["device_name"])
+    return of_gpu(name, cores) or find(name)

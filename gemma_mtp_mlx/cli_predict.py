@@ -98,13 +98,13 @@ def _memory(given: float | None, chip: str | None) -> int | None:
 
 
 def _chips(name: str | None) -> "tuple[Chip, ...]":
-    from gemma_mtp_mlx import chips
+    from gemma_mtp_mlx import chips, machine
 
     if name is not None and name.lower() == ALL:
         return tuple(chips.CHIPS.values())
     if name is not None:
         return (chips.find(name),)
-    own = chips.this_chip()
+    own = chips.this_chip(machine.facts().gpu_cores)
     if own is None:
         raise ValueError(
             f"this is not a Mac; say which chip with --chip: {', '.join(chips.CHIPS)}, or {ALL}"

@@ -5,8 +5,8 @@ Predictions are for the acceptance that was measured, so what differs is what ro
 
 from collections.abc import Iterator, Sequence
 
-from gemma_mtp_mlx import outline
-from gemma_mtp_mlx.chips import CHIPS, Chip
+from gemma_mtp_mlx import chips, outline
+from gemma_mtp_mlx.chips import Chip
 from gemma_mtp_mlx.inspection import Inspection
 from gemma_mtp_mlx.machine import Machine
 from gemma_mtp_mlx.measure import Measured
@@ -25,8 +25,7 @@ def predictions(
 
 def chip_of(machine: Machine) -> Chip | None:
     """Return a machine's chip, of those that are sold with fewer GPU cores the right one."""
-    name = (machine.gpu or "").removeprefix("Apple ")
-    return CHIPS.get(f"{name} {machine.gpu_cores}-core") or CHIPS.get(name)
+    return None if machine.gpu is None else chips.of_gpu(machine.gpu, machine.gpu_cores)
 
 
 def _predicted(chip: Chip, model: Inspection, measured: Sequence[Measured]) -> Iterator[Predicted]:

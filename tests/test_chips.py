@@ -65,6 +65,9 @@ def test_this_chip_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
     monkeypatch.setattr("mlx.core.device_info", lambda: {"device_name": "Apple M2 Ultra"})
     assert chips.this_chip() is find("M2 Ultra")
+    monkeypatch.setattr("mlx.core.device_info", lambda: {"device_name": "Apple M3 Max"})
+    assert chips.this_chip(30) is find("M3 Max 30-core")
+    assert chips.this_chip(40) is chips.this_chip() is find("M3 Max")
 
 
 def test_the_clock_has_the_same_chips() -> None:
