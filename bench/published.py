@@ -206,10 +206,11 @@ def halves(data: dict[str, Any]) -> tuple[Half, Half]:
     curves = [r for r in data["curves"] if r["usable"]]
     fit = fit_sources([*rounds, *curves])
     made = [case(r, data["runtimes"]) for r in rounds], [curve(r) for r in curves]
-    return tuple(
-        Half(
-            [c for c in made[0] if (c.record["source"] in fit) == wanted],
-            [c for c in made[1] if (c.record["source"] in fit) == wanted],
+
+    def half(*, fitted: bool) -> Half:
+        return Half(
+            [c for c in made[0] if (c.record["source"] in fit) == fitted],
+            [c for c in made[1] if (c.record["source"] in fit) == fitted],
         )
-        for wanted in (True, False)
-    )  # type: ignore[return-value]
+
+    return half(fitted=True), half(fitted=False)

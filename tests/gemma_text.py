@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from tests.checkpoints import write_pair
+from tests.text_model import save_tokenizer
 
 SPECIAL = [
     *("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<unk>", "<|think|>"),
@@ -74,16 +75,7 @@ def write_tokenizer(folder: Path) -> Path:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "chat_template": TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_tokenizer(tokenizer, TEMPLATE, folder)
     return folder
 
 

@@ -34,14 +34,19 @@ def write_text_model(folder: Path, family: str = "31b", seed: int = 1) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(target / "tokenizer.json"))
+    save_tokenizer(tokenizer, TEMPLATE, target)
+    return target
+
+
+def save_tokenizer(tokenizer: Tokenizer, template: str, folder: Path) -> None:
+    """Write a tokenizer with a chat template into a model's folder."""
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
         "eos_token": "<eos>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        "chat_template": TEMPLATE,
+        "chat_template": template,
     }
-    (target / "tokenizer_config.json").write_text(json.dumps(settings))
-    return target
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
